@@ -1,0 +1,7 @@
+"""Train the diffusion prior (Section 2.2): accelerate launch train/prior.py CONFIG.yaml [key=value …]."""
+
+from unclip.training.launch import main
+from unclip.training.tasks import PriorRun, train_prior
+
+if __name__ == "__main__":
+    main(PriorRun, train_prior, "Train the diffusion prior (Section 2.2).")

@@ -1,0 +1,132 @@
+"""Configuration: YAML sections map one to one onto typed models; nothing unknown gets through."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unclip.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every typed section: immutable, unknown keys forbidden, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string and `NO` as false; this reads what was meant."""
+
+
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
+    """Read a YAML file, apply dotted overrides such as `train.lr=1e-4`, and check everything.
+
+    **Raises**: `ConfigError` naming the full key, its value and the nearest valid name.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, schema, source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of sections. **Raises**: `ConfigError` if it is missing or not that."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; see configs/ for the shipped ones")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold sections (a mapping), not {type(data).__name__}")
+    return data
+
+
+def parse_config(data: dict[str, Any], schema: type[C], source: str) -> C:
+    """Check a plain dict against a schema; `source` names it in errors."""
+    try:
+        # JSON mode is strict about scalars yet takes lists where the schema says tuple.
+        return schema.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        lines = [_explain(item, schema) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}; use plain numbers, strings and lists") from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back to an equal one."""
+    text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    for depth, part in enumerate(parts[:-1], 1):
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is not a section")
+    data[parts[-1]] = value
+
+
+def _explain(item: Any, schema: type[Config]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        names = _names(schema, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(names)}"
+        return f"unknown key {key} = {item['input']!r} ({hint})"
+    if item["type"] == "missing":
+        return f"missing key {key}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key or 'configuration'} = {item['input']!r}: {message}"
+
+
+def _names(schema: Any, location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        schema = _section(schema.model_fields[part].annotation) if isinstance(part, str) else schema
+    return list(schema.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    options = [annotation, *typing.get_args(annotation)]
+    for option in options:
+        if isinstance(option, type) and issubclass(option, Config):
+            return option
+        if typing.get_args(option):
+            inner = _section(option)
+            if inner is not None:
+                return inner
+    return None

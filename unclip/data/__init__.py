@@ -1,0 +1,1 @@
+"""Pictures, captions and what is done to them before training."""

@@ -1,0 +1,200 @@
+"""Captioned pictures in training order: which sample comes when is arithmetic on global ids.
+
+B batch, R resolution, H and W crop size. Sample number `step * batch + slot` is the same whatever
+the number of processes, so one process or eight see the same pictures and a run resumes exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from unclip.config import Config
+from unclip.errors import ConfigError, DataError
+from unclip.randomness import generator, permutation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned picture. **Shapes**: image (3, R, R) float32 in [-1, 1]."""
+
+    image: Tensor
+    caption: str
+    key: str
+
+
+class Dataset(Protocol):
+    """Pictures by number; `get` is a pure function of the number and the generator's state."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, generator: torch.Generator) -> Sample:
+        """Picture `index`; the generator picks the caption's wording and any augmentation."""
+        ...
+
+
+class DataConfig(Config):
+    """What to train on: `emoji`, `shapes`, a folder, a table of captions, or tar shards."""
+
+    train: str
+    val: str | None = None
+    resolution: int = Field(gt=0)
+    crop: int | None = Field(default=None, gt=0)
+    workers: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """**Shapes**: images (B, 3, H, W) float32 in [-1, 1]; ids (B,) int64 global sample ids."""
+
+    images: Tensor
+    captions: list[str]
+    ids: Tensor
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The images on another device; ids stay on the CPU, where random numbers are drawn."""
+        return replace(self, images=self.images.to(device, non_blocking=True))
+
+
+def open_dataset(spec: str, resolution: int) -> Dataset:
+    """The dataset that `data.train` names, with pictures of `resolution` pixels.
+
+    `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`; a folder
+    of pictures; a `.jsonl` or `.csv` of captions; a tar file, a folder of tar files, or a pattern
+    such as `shards-{000..009}.tar` or `shards/*.tar`.
+
+    **Raises**: `DataError` when nothing of that name exists or it can't be used.
+    """
+    name, _, split = spec.partition(":")
+    if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):
+        raise DataError(f"{spec!r}: the parts of {name} are train and val, not {split!r}")
+    if name in ("emoji", "emoji-vector"):
+        from unclip.data.emoji import Emoji
+
+        return Emoji(resolution, split or "train", vector_only=name == "emoji-vector")
+    if name == "shapes":
+        from unclip.data.shapes import Shapes
+
+        return Shapes(resolution, split or "train")
+    from unclip.data.readers import open_path
+
+    return open_path(spec, resolution)
+
+
+def batches(
+    dataset: Dataset,
+    *,
+    batch: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    crop: int | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Micro-batches of one process from `start_step` on, without end, in order.
+
+    Step s holds the global ids s * batch … (s + 1) * batch - 1; micro-batch m of process `rank`
+    takes slots (m * world + rank) * per … + per, where per = batch / (accumulate * world).
+
+    **Raises**: `ConfigError` when the batch can't be divided or the crop is too large.
+    """
+    per, left = divmod(batch, accumulate * world)
+    if left or per == 0:
+        raise ConfigError(
+            f"train.batch = {batch} must be a multiple of train.accumulate x processes = "
+            f"{accumulate} x {world}"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.name} holds no pictures")
+    loader = DataLoader(
+        _ById(dataset, seed, crop),
+        batch_sampler=_Slots(len(dataset), batch, seed, start_step, rank, world, accumulate),
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # or it would draw from the default one, even at 0 workers
+    )
+    return iter(loader)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> Tensor:
+    return permutation(seed, epoch, n)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The (global id, index in the dataset) pairs of each micro-batch of one process."""
+
+    n: int
+    batch: int
+    seed: int
+    start_step: int
+    rank: int
+    world: int
+    accumulate: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per = self.batch // (self.accumulate * self.world)
+        step = self.start_step
+        while True:
+            for micro in range(self.accumulate):
+                first = step * self.batch + (micro * self.world + self.rank) * per
+                yield [(g, self._index(g)) for g in range(first, first + per)]
+            step += 1
+
+    def _index(self, g: int) -> int:
+        epoch, place = divmod(g, self.n)
+        return int(_order(self.seed, epoch, self.n)[place])
+
+
+class _ById(TorchDataset[tuple[int, Sample]]):
+    """Looks samples up by global id, in this process or in a loader's worker."""
+
+    def __init__(self, dataset: Dataset, seed: int, crop: int | None) -> None:
+        self.dataset, self.seed, self.crop = dataset, seed, crop
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Sample]:
+        g, index = item
+        sample = self.dataset.get(index, generator(self.seed, "data", g))
+        if self.crop is not None:
+            image = _random_crop(sample.image, self.crop, generator(self.seed, "crop", g))
+            sample = replace(sample, image=image)
+        return g, sample
+
+
+def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """**Shapes**: (3, H, W) → (3, size, size)."""
+    height, width = image.shape[-2:]
+    if size > min(height, width):
+        raise ConfigError(
+            f"data.crop = {size} is larger than the pictures, {height} x {width} (data.resolution)"
+        )
+    top = int(torch.randint(height - size + 1, (), generator=generator))
+    left = int(torch.randint(width - size + 1, (), generator=generator))
+    return image[:, top : top + size, left : left + size]
+
+
+def _collate(items: list[tuple[int, Sample]]) -> Batch:
+    samples = [sample for _, sample in items]
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        captions=[sample.caption for sample in samples],
+        ids=torch.tensor([g for g, _ in items]),
+        keys=[sample.key for sample in samples],
+    )

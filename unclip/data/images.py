@@ -1,0 +1,175 @@
+"""Pictures in and out: the only module that knows uint8 (Units in docs/architecture.md).
+
+B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; outside, PIL.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from unclip.errors import DataError
+
+MAX_PIXELS = 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What Pillow's decoders raise on damaged files, besides its own OSError subclasses.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read a JPEG, PNG or WebP as upright RGB on white; `name` stands for an open file in errors.
+
+    **Raises**: `DataError` naming the picture when it is missing, of another format, damaged, or
+    larger than `MAX_PIXELS` by its header (checked before anything is decoded).
+    """
+    label = name or str(source)
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            _check_size(image, label)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except DataError:  # a ValueError too, so it must pass before `_DAMAGE`
+        raise
+    except FileNotFoundError:
+        raise DataError(f"no picture at {label}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(
+            f"{label} claims more pixels than the limit of {MAX_PIXELS:,}; scale it down first"
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{label} is not a JPEG, PNG or WebP picture; convert it first") from None
+    except _DAMAGE as error:
+        raise DataError(f"{label} is damaged and can't be decoded: {error}") from None
+
+
+def _check_size(image: Image.Image, label: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{label} is {width} x {height} = {width * height:,} pixels, more than the limit of "
+            f"{MAX_PIXELS:,}; scale it down first"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB; transparent parts become white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+        grey = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """Centre an RGB picture on a white square as large as its longer side."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """Pad to a square on white and resize with antialiasing to `size` pixels."""
+    square = pad_to_square(image)
+    return square if square.width == size else square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """**Units**: uint8 [0, 255] → float32 [-1, 1], any shape."""
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """**Units**: float [-1, 1] → uint8 [0, 255], any shape; values outside are clipped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_array(pixels: np.ndarray) -> Tensor:
+    """**Shapes**: (H, W, 3) uint8 → (3, H, W) float32 in [-1, 1]."""
+    return from_uint8(rearrange(torch.from_numpy(np.array(pixels)), "h w c -> c h w").contiguous())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """**Shapes**: PIL, any mode → (3, H, W) float32 in [-1, 1]."""
+    return from_array(np.asarray(to_rgb(image)))
+
+
+def to_pil(x: Tensor) -> Image.Image:
+    """**Shapes**: (3, H, W) in [-1, 1] → PIL RGB."""
+    return Image.fromarray(rearrange(to_uint8(x.detach().cpu()), "c h w -> h w c").numpy())
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Bicubic with antialiasing. **Shapes**: (B, 3, H, W) → (B, 3, size, size)."""
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB. **Shapes**: two (B, 3, H, W) in [-1, 1] → (B,)."""
+    error = (a.float() - b.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error)  # the range is 2, its square 4
+
+
+def gradient_energy(x: Tensor) -> Tensor:
+    """Sharpness: mean squared difference of neighbouring pixels. **Shapes**: (B, 3, H, W) → (B,)"""
+    x = x.float()
+    across = x.diff(dim=-1).square().flatten(1).mean(1)
+    down = x.diff(dim=-2).square().flatten(1).mean(1)
+    return across + down
+
+
+def grid(
+    images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """Pictures of one size as a contact sheet, row by row, with captions beneath when given."""
+    assert images and columns > 0
+    gap, text = 4, 0 if captions is None else 30
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new(
+        "RGB",
+        (columns * (width + gap) + gap, rows * (height + text + gap) + gap),
+        (235, 235, 235),
+    )
+    draw = ImageDraw.Draw(sheet)
+    for k, image in enumerate(images):
+        x = gap + k % columns * (width + gap)
+        y = gap + k // columns * (height + text + gap)
+        sheet.paste(image, (x, y))
+        if captions is not None:
+            _write(draw, captions[k], x, y + height, width)
+    return sheet
+
+
+def _write(draw: ImageDraw.ImageDraw, caption: str, x: int, y: int, width: int) -> None:
+    """Three lines of small print, cut to the width of the picture."""
+    font = ImageFont.load_default(9)
+    words, lines = caption.split(), [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    for row, line in enumerate(lines[:3]):
+        while line and font.getlength(line) > width:
+            line = line[:-1]
+        draw.text((x, y + 10 * row), line, fill="black", font=font)

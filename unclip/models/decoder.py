@@ -1,0 +1,139 @@
+"""The decoder: from a CLIP image embedding, and optionally its caption, to pixels (Section 2.1).
+
+B batch, D CLIP embedding, E time embedding, K context width, L text positions, W text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unclip.conditioning import Cond, TextEncoding
+from unclip.config import Config
+from unclip.models.layers import EmbeddingScale, ScaleConfig, TimeEmbedding, trim_text
+from unclip.models.transformer import Transformer, TransformerConfig
+from unclip.models.unet import Context, UNet, UNetConfig
+
+IMAGE_TOKENS = 4
+
+
+class DecoderConfig(Config):
+    """`embed`, `text_width`: widths of the CLIP embeddings and text states; no `text_width`, no
+    text. `text_embed` adds the CLIP text embedding to the time embedding, as Karlo does.
+    `text_transformer` is trained on top of the frozen text states (the paper's text encoder)."""
+
+    resolution: int = Field(gt=0)
+    embed: int = Field(gt=0)
+    text_width: int | None = Field(None, gt=0)
+    text_embed: bool = False
+    text_transformer: TransformerConfig | None = None
+    context_width: int = Field(gt=0)
+    learned_variance: bool
+    scale: ScaleConfig
+    unet: UNetConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DecoderConfig:
+        if self.text_width is None and (self.text_embed or self.text_transformer is not None):
+            raise ValueError("text_embed and text_transformer need text_width")
+        if not self.unet.attends:
+            raise ValueError("unet.attention must be true somewhere: the context enters there")
+        if self.resolution % self.unet.stride:
+            raise ValueError(
+                f"resolution = {self.resolution} must be a multiple of {self.unet.stride}, what "
+                "unet.patch and the levels in unet.multiple shrink a picture by"
+            )
+        return self
+
+
+class DecoderCache(NamedTuple):
+    """What does not depend on t: the embeddings' share of the time embedding (B, E); context."""
+
+    emb: Tensor
+    context: Context
+
+
+class Decoder(nn.Module):
+    """A U-Net told of the image embedding twice: beside the time, and as four tokens."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.resolution = config.resolution
+        emb, width = config.unet.embed, config.context_width
+        self.scale = EmbeddingScale(config.scale, config.embed)
+        self.null_image = nn.Parameter(torch.empty(config.embed))
+        nn.init.normal_(self.null_image, std=0.02)  # near the middle of scaled embeddings
+        self.time = TimeEmbedding(config.unet.channels, emb)
+        self.image_to_emb = nn.Linear(config.embed, emb)
+        self.image_to_tokens = nn.Linear(config.embed, IMAGE_TOKENS * width)
+        self.text_to_emb = nn.Linear(config.embed, emb) if config.text_embed else None
+        self.text = TextSide(config) if config.text_width is not None else None
+        out_channels = 6 if config.learned_variance else 3
+        self.unet = UNet(config.unet, 3, out_channels, width)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """Everything that stays the same over sampling steps.
+
+        **Raises**: `ValueError` if a decoder that was made with text gets none.
+        """
+        if cond.cache is not None:
+            return cond
+        if self.text is not None and cond.text is None:
+            raise ValueError("this decoder needs cond.text; null text is the encoded empty string")
+        z_image = self._image_embed(cond)  # (B, D)
+        emb = self.image_to_emb(z_image)  # (B, E)
+        if self.text_to_emb is not None and cond.text is not None:
+            emb = emb + self.text_to_emb(cond.text.embed.to(z_image.dtype))
+        # Karlo's order: the channels of the four tokens are interleaved.
+        tokens = rearrange(self.image_to_tokens(z_image), "b (k n) -> b n k", n=IMAGE_TOKENS)
+        mask = None
+        if self.text is not None and cond.text is not None:
+            states, mask = self.text(cond.text)  # (B, l, K), (B, l)
+            tokens = torch.cat([tokens, states], dim=1)  # (B, 4 + l, K)
+            mask = F.pad(mask, (IMAGE_TOKENS, 0), value=True)
+        return replace(cond, cache=DecoderCache(emb, self.unet.context_kv(tokens, mask)))
+
+    def _image_embed(self, cond: Cond) -> Tensor:
+        # The null vector takes part even where every row is kept, so that it always has a gradient.
+        null = self.null_image.expand(len(cond), -1)
+        if cond.image_embed is None:
+            return null
+        z_image = self.scale(cond.image_embed).to(null.dtype)
+        keep = torch.ones_like(z_image[:, 0], dtype=torch.bool)
+        keep = keep if cond.keep_image is None else cond.keep_image
+        return torch.where(keep[:, None], z_image, null)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """**Shapes**: x_t (B, 3, H, W), t (B,) → (B, 3, H, W), or (B, 6, H, W) with the variance
+        behind the prediction."""
+        cache = self.prepare(cond).cache
+        emb = self.time(t) + cache.emb  # (B, E)
+        return self.unet(x_t.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+
+
+class TextSide(nn.Module):
+    """Frozen text states to context tokens, through a trained transformer if there is one."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        assert config.text_width is not None
+        width, inner = config.text_width, config.text_transformer
+        self.proj_in = nn.Linear(width, inner.width) if inner is not None else None
+        self.transformer = Transformer(inner) if inner is not None else None
+        self.proj = nn.Linear(inner.width if inner is not None else width, config.context_width)
+        self.norm = nn.LayerNorm(config.context_width)
+
+    def forward(self, text: TextEncoding) -> tuple[Tensor, Tensor]:
+        """**Shapes**: → (B, l, K) and mask (B, l), cut behind the longest real text."""
+        tokens, mask = trim_text(text)  # (B, l, W), (B, l)
+        tokens = tokens.to(self.proj.weight.dtype)
+        if self.proj_in is not None and self.transformer is not None:
+            tokens = self.transformer(self.proj_in(tokens), mask[:, None, None])
+        return self.norm(self.proj(tokens)), mask

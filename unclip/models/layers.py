@@ -1,0 +1,165 @@
+"""Parts that the networks share: time embedding, attention, embedding scale (Sections 2.1, 2.2).
+
+B batch, H heads, N queries, M keys, C channels a head, D CLIP embedding, L text positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unclip.conditioning import TextEncoding
+from unclip.config import Config
+from unclip.errors import DataError
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Cosines, then sines, of t at frequencies from 1 down to 1/10000 (as ADM, GLIDE and Karlo).
+
+    **Shapes**: t (B,), channels even → (B, channels), float32.
+    """
+    half = channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * torch.exp(exponent)  # bf16 can't tell t = 999 from 1000
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t through a two-layer network."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.fc1 = nn.Linear(channels, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """**Shapes**: t (B,) → (B, width)."""
+        sinusoids = timestep_embedding(t, self.channels).to(self.fc1.weight.dtype)
+        return self.fc2(silu(self.fc1(sinusoids)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, the only one here; masked keys get exactly no weight.
+
+    **Shapes**: q (B, H, N, C); k, v (B, H, M, C); mask bool, True = attend, broadcast to
+    (B, H, N, M) → (B, H, N, C).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nothing else holds: overwrites it where no gradient is recorded."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group norm with at most `groups` groups of at least 4 channels each.
+
+    Karlo's widths get their 32 groups. Narrow ones get fewer, because groups of one channel would
+    erase each channel's mean, and with it the picture's overall colour.
+    """
+    most = max(1, min(groups, channels // 4))
+    return nn.GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
+
+
+def zero_init(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """Start a layer at zero, so that its branch starts as no change (ADM, DiT)."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def run(block: Callable[..., Any], *args: Any, checkpointing: bool) -> Any:
+    """Call a block; with checkpointing, store only its inputs and run it again going backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def trim_text(text: TextEncoding) -> tuple[Tensor, Tensor]:
+    """Token states and mask, cut behind the longest real text of the batch.
+
+    **Shapes**: → tokens (B, l, W) and mask (B, l) with l ≤ L.
+    """
+    length = int(text.mask.any(0).nonzero().max()) + 1
+    return text.tokens[:, :length], text.mask[:, :length]
+
+
+class ScaleConfig(Config):
+    """How raw CLIP embeddings become network inputs.
+
+    `raw` leaves them; `unit` normalises, then multiplies by `factor` (17.2 in the paper: the
+    variance of ImageNet's pixels at D = 1024); `whiten` subtracts a mean and divides by a standard
+    deviation measured on training embeddings, after normalising if `normalize`.
+    """
+
+    kind: Literal["raw", "unit", "whiten"]
+    factor: float = Field(17.2, gt=0)
+    normalize: bool = False
+
+
+class EmbeddingScale(nn.Module):
+    """Raw CLIP embeddings to network inputs and back. Its statistics stay float32 always."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ScaleConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))  # zeros, as in diffusers, would divide by 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        """**Shapes**: (B, D) raw → (B, D) scaled, float32."""
+        z = z.float()
+        if self.config.kind == "unit":
+            return F.normalize(z, dim=-1) * self.config.factor
+        if self.config.kind == "whiten":
+            z = F.normalize(z, dim=-1) if self.config.normalize else z
+            return (z - self.mean) / self.std
+        return z
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Back to raw; where `forward` normalises, the norm it took away stays one.
+
+        **Shapes**: (B, D) scaled → (B, D) raw, float32.
+        """
+        z = z.float()
+        if self.config.kind == "unit":
+            return z / self.config.factor
+        return z * self.std + self.mean if self.config.kind == "whiten" else z
+
+    def fit(self, z: Tensor) -> None:
+        """Measure mean and standard deviation on training embeddings (used by `whiten`).
+
+        **Shapes**: z (n, D) raw. **Raises**: `DataError` where a dimension never varies.
+        """
+        z = F.normalize(z.double(), dim=-1) if self.config.normalize else z.double()
+        std, mean = torch.std_mean(z, dim=0, correction=0)
+        if not bool((std > 0).all()):
+            dead = int((~(std > 0)).sum())
+            raise DataError(
+                f"{dead} of {z.shape[1]} embedding dimensions don't vary over {len(z)} embeddings; "
+                "whitening needs more, and different, training images"
+            )
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingScale:
+        # `model.to(bfloat16)` would round the statistics to three digits.
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            if getattr(self, name).dtype != old.dtype:
+                setattr(self, name, old.to(getattr(self, name).device))
+        return self

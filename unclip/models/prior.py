@@ -1,0 +1,97 @@
+"""The diffusion prior: from text to the CLIP image embedding (Section 2.2).
+
+B batch, D CLIP embedding, l text positions after trimming, W width. Positions, in order: text
+tokens, text embedding, time, noised image embedding, query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from unclip.conditioning import Cond
+from unclip.config import Config
+from unclip.models.layers import EmbeddingScale, ScaleConfig, TimeEmbedding, trim_text, zero_init
+from unclip.models.transformer import KeyValue, Transformer, TransformerConfig
+
+
+class PriorConfig(Config):
+    """`embed`, `text_width`: widths of the CLIP embeddings and text states; `context`: the most
+    text positions. `scale` turns raw image embeddings into the x0 that is diffused."""
+
+    embed: int = Field(gt=0)
+    text_width: int = Field(gt=0)
+    context: int = Field(gt=0)
+    transformer: TransformerConfig
+    scale: ScaleConfig
+
+
+class TextCache(NamedTuple):
+    """Keys and values of the text part; mask (B, 1, 1, l + 1) bool."""
+
+    past: list[KeyValue]
+    mask: Tensor
+
+
+class DiffusionPrior(nn.Module):
+    """Predicts the clean, scaled image embedding from a noised one and the text.
+
+    Under the causal mask the text part sees neither the time nor the noised embedding, so
+    `prepare` encodes it once for all sampling steps.
+    """
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        width = config.transformer.width
+        self.scale = EmbeddingScale(config.scale, config.embed)
+        self.text_tokens = nn.Linear(config.text_width, width)
+        self.text_embed = nn.Linear(config.embed, width)
+        self.time = TimeEmbedding(width, width)
+        self.image_embed = nn.Linear(config.embed, width)
+        self.query = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(config.context + 4, width))
+        self.transformer = Transformer(config.transformer)
+        self.out = zero_init(nn.Linear(width, config.embed))  # starts at the mean embedding
+        nn.init.normal_(self.query, std=0.02)  # small beside the projected tokens, as in GPT
+        nn.init.normal_(self.position, std=0.02)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
+        if cond.cache is not None:
+            return cond
+        if cond.text is None:
+            raise ValueError("the prior needs cond.text; null text is the encoded empty string")
+        tokens, mask = trim_text(cond.text)  # (B, l, ·), (B, l)
+        length = tokens.shape[1]
+        if length > self.config.context:
+            raise ValueError(f"{length} text tokens, but context is {self.config.context}")
+        dtype = self.out.weight.dtype
+        tokens = self.text_tokens(tokens.to(dtype)) + self.position[:length]  # (B, l, W)
+        embed = self.text_embed(cond.text.embed.to(dtype)) + self.position[-4]  # (B, W)
+        x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
+        mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
+        past = self.transformer.encode(x, mask & _causal(x))
+        return replace(cond, cache=TextCache(past, mask))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """**Shapes**: x_t (B, D) scaled, t (B,) → prediction of the scaled x0 (B, D)."""
+        past, mask = self.prepare(cond).cache
+        dtype = self.out.weight.dtype
+        time, noised = self.time(t), self.image_embed(x_t.to(dtype))  # (B, W)
+        x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (B, 3, W)
+        x = x + self.position[-3:]
+        causal = _causal(x).expand(len(x), 1, -1, -1)  # (B, 1, 3, 3)
+        mask = torch.cat([mask.expand(-1, -1, 3, -1), causal], dim=-1)  # (B, 1, 3, l + 4)
+        x = self.transformer(x, mask, past)  # (B, 3, W)
+        return self.out(x[:, -1]).to(x_t.dtype)  # (B, D)
+
+
+def _causal(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()

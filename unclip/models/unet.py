@@ -1,0 +1,235 @@
+"""The U-Net of the decoder and of the upsamplers (Section 2.1; ADM's blocks as Karlo has them).
+
+B batch, C channels, H and W height and width, N = HW, E time embedding, M context tokens,
+K context width, h heads, c channels a head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unclip.config import Config
+from unclip.models.layers import attention, group_norm, run, silu, zero_init
+
+
+class UNetConfig(Config):
+    """Level i has `channels * multiple[i]` channels and `blocks` residual blocks down, one more up.
+
+    `attention` says at which levels every block attends to its own picture and to the context
+    tokens, `mid_attention` the same of the middle. `scale_shift`: the time embedding scales as well
+    as shifts. `patch`: pixels are folded patch × patch into channels at the ends, which makes small
+    networks several times faster. `groups`: the most groups of a group norm.
+    """
+
+    channels: int = Field(gt=0)
+    multiple: list[int] = Field(min_length=1)
+    blocks: int = Field(gt=0)
+    attention: list[bool]
+    mid_attention: bool
+    head_channels: int = Field(64, gt=0)
+    scale_shift: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    patch: int = Field(1, gt=0)
+    groups: int = Field(32, gt=0)
+    checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> UNetConfig:
+        if self.channels % 4:
+            raise ValueError(f"channels must be a multiple of 4, got {self.channels}")
+        if any(m < 1 for m in self.multiple):
+            raise ValueError(f"every multiple must be at least 1, got {self.multiple}")
+        if len(self.attention) != len(self.multiple):
+            raise ValueError(
+                f"attention needs one entry for each of the {len(self.multiple)} levels in "
+                f"multiple, got {len(self.attention)}"
+            )
+        flags = [*self.attention, self.mid_attention]
+        for width, attends in zip([*self.widths, self.widths[-1]], flags, strict=True):
+            if attends and width % self.head_channels:
+                raise ValueError(f"head_channels = {self.head_channels} must divide width {width}")
+        return self
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from fine to coarse."""
+        return [self.channels * m for m in self.multiple]
+
+    @property
+    def embed(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.channels
+
+    @property
+    def attends(self) -> bool:
+        """Whether any block attends, and so needs a context."""
+        return self.mid_attention or any(self.attention)
+
+    @property
+    def stride(self) -> int:
+        """What a picture's sides must be multiples of."""
+        return self.patch * 2 ** (len(self.multiple) - 1)
+
+
+class Context(NamedTuple):
+    """What the blocks attend to besides the picture, ready for all sampling steps.
+
+    **Shapes**: kv: for each attending block keys and values (B, h, M, c); mask (B, M) bool.
+    """
+
+    kv: list[tuple[Tensor, Tensor]]
+    mask: Tensor | None
+
+
+class Attention(nn.Module):
+    """Pixels attend to context tokens and to one another in one softmax."""
+
+    def __init__(self, width: int, context_width: int, config: UNetConfig):
+        super().__init__()
+        self.heads = width // config.head_channels
+        self.norm = group_norm(width, config.groups)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.context_kv = nn.Linear(context_width, 2 * width)
+        self.out = zero_init(nn.Linear(width, width))  # a new block changes nothing
+
+    def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the context. **Shapes**: (B, M, K) → two (B, h, M, c)."""
+        kv = self.context_kv(context)  # (B, M, 2C)
+        k, v = rearrange(kv, "b m (s h c) -> s b h m c", s=2, h=self.heads)
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """**Shapes**: x (B, C, H, W); k, v (B, h, M, c); mask (B, M) → (B, C, H, W)."""
+        height, width = x.shape[2:]
+        pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C), no copy
+        qkv = rearrange(self.qkv(pixels), "b n (s h c) -> s b h n c", s=3, h=self.heads)
+        k, v = torch.cat([k, qkv[1]], dim=2), torch.cat([v, qkv[2]], dim=2)  # (B, h, M + N, c)
+        if mask is not None:
+            mask = F.pad(mask, (0, pixels.shape[1]), value=True)[:, None, None]  # every pixel
+        h = rearrange(attention(qkv[0], k, v, mask), "b h n c -> b n (h c)")  # (B, N, C)
+        return x + rearrange(self.out(h), "b (h w) c -> b c h w", h=height, w=width)
+
+
+class Block(nn.Module):
+    """ADM's residual block, which may also halve or double the picture, then attention."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        config: UNetConfig,
+        *,
+        context_width: int | None = None,
+        resample: Literal["down", "up"] | None = None,
+    ):
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.scale_shift
+        self.norm1 = group_norm(width_in, config.groups)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.embed = nn.Linear(config.embed, width * (2 if config.scale_shift else 1))
+        self.norm2 = group_norm(width, config.groups)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zero_init(nn.Conv2d(width, width, 3, padding=1))  # a new block changes nothing
+        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.attention = Attention(width, context_width, config) if context_width else None
+
+    def forward(self, x: Tensor, emb: Tensor, *context: Tensor | None) -> Tensor:
+        """**Shapes**: x (B, C, H, W); emb (B, E) after its SiLU; context as in `Attention`."""
+        h = self._resample(silu(self.norm1(x)))
+        x = self._resample(x)
+        h = self.conv1(h)  # (B, C', H', W')
+        emb = self.embed(emb)[:, :, None, None]  # (B, C' or 2C', 1, 1)
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + emb)
+        x = self.skip(x) + self.conv2(self.dropout(silu(h)))
+        return self.attention(x, *context) if self.attention is not None else x
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)  # (B, C, H/2, W/2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+
+class UNet(nn.Module):
+    """Blocks going down, in the middle, and up again with every way-down result concatenated."""
+
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int, context_width: int | None
+    ):
+        super().__init__()
+        assert context_width or not config.attends, "attention needs a context"
+        self.config = config
+        patch = config.patch**2
+        self.conv_in = nn.Conv2d(in_channels * patch, config.channels, 3, padding=1)
+        self.down, self.mid, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        at_level = [context_width if attends else None for attends in config.attention]
+        width, skips = config.channels, [config.channels]
+        for level, out in enumerate(config.widths):
+            for _ in range(config.blocks):
+                self.down.append(Block(width, out, config, context_width=at_level[level]))
+                width = out
+                skips.append(width)
+            if level < len(config.widths) - 1:
+                self.down.append(Block(width, width, config, resample="down"))
+                skips.append(width)
+        middle = context_width if config.mid_attention else None
+        self.mid.append(Block(width, width, config, context_width=middle))
+        self.mid.append(Block(width, width, config))
+        for level, out in reversed(list(enumerate(config.widths))):
+            for _ in range(config.blocks + 1):
+                fan_in = width + skips.pop()
+                self.up.append(Block(fan_in, out, config, context_width=at_level[level]))
+                width = out
+            if level > 0:
+                self.up.append(Block(width, width, config, resample="up"))
+        self.norm_out = group_norm(width, config.groups)
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels * patch, 3, padding=1))
+        for conv in self.modules():  # channels-last convolutions are the faster ones
+            if isinstance(conv, nn.Conv2d):
+                conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+
+    def context_kv(self, tokens: Tensor, mask: Tensor | None) -> Context:
+        """What stays the same over sampling steps. **Shapes**: tokens (B, M, K); mask (B, M)."""
+        blocks = [*self.down, *self.mid, *self.up]
+        kv = [block.attention.encode(tokens) for block in blocks if block.attention is not None]
+        return Context(kv, mask)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+        """**Shapes**: x (B, in, H, W) with sides that `stride` divides; emb (B, E).
+
+        **Raises**: `ValueError` for sides that can't be halved often enough.
+        """
+        if x.shape[2] % self.config.stride or x.shape[3] % self.config.stride:
+            size = f"{x.shape[3]}x{x.shape[2]}"
+            raise ValueError(f"image is {size}; sides must be multiples of {self.config.stride}")
+        kv = iter(context.kv if context is not None else [])
+        mask = context.mask if context is not None else None
+
+        def step(block: nn.Module, x: Tensor) -> Tensor:
+            extra = (*next(kv), mask) if block.attention is not None else ()
+            return run(block, x, emb, *extra, checkpointing=self.config.checkpointing)
+
+        emb = F.silu(emb)  # the same in every block
+        x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))  # (B, C, H/p, W/p)
+        skips = [x]
+        for block in self.down:
+            x = step(block, x)
+            skips.append(x)
+        for block in self.mid:
+            x = step(block, x)
+        for block in self.up:
+            if block.resample is None:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = step(block, x)
+        x = self.conv_out(silu(self.norm_out(x)))  # (B, out·p², H/p, W/p)
+        return F.pixel_shuffle(x, self.config.patch)  # (B, out, H, W)

@@ -1,0 +1,46 @@
+"""Make torchvision importable where its compiled operators are built for another torch.
+
+The registry's torchvision wheel is built against CUDA; beside a CPU build of torch its library
+does not load, and then `import torchvision` itself fails ("operator torchvision::nms does not
+exist") although only its Python transforms are wanted: open_clip imports it, and so do parts of
+transformers and diffusers. Declaring the two operators whose fake kernels torchvision registers
+unconditionally is enough. Where the library does load nothing is declared.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_libraries: list[torch.library.Library] = []  # a Library's declarations live as long as it does
+
+
+def declare_missing_operators() -> None:
+    """Declare torchvision's operators unless they are there or its library provides them."""
+    if "torchvision" in sys.modules or _libraries:
+        return
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    compiled = [p for p in Path(spec.origin).parent.glob("_C*") if p.suffix in (".so", ".pyd")]
+    try:
+        for path in compiled:
+            torch.ops.load_library(str(path))
+        if compiled:
+            return
+    except (ImportError, OSError):
+        pass  # built for another torch, the case that this module is for
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    _libraries.append(library)
+
+
+declare_missing_operators()

@@ -1,0 +1,217 @@
+"""CLIP's two towers and their tokenizers: open_clip's and transformers' behind one interface.
+
+B batch, D CLIP embedding, L text positions (context), W text width, R picture side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unclip.config import Config
+from unclip.errors import CheckpointError
+
+START, END = 49406, 49407  # CLIP's byte-pair ids of the start and the end of a text
+BPE_IDS = 49408
+
+
+class VisionConfig(Config):
+    """open_clip's `vision_cfg`: a ViT, or with four numbers as `layers` CLIP's ResNet."""
+
+    image_size: int
+    layers: int | list[int]
+    width: int
+    head_width: int = 64
+    patch_size: int = 16
+
+
+class TextConfig(Config):
+    """open_clip's `text_cfg`."""
+
+    context_length: int = 77
+    vocab_size: int = BPE_IDS
+    width: int
+    heads: int
+    layers: int
+
+
+class ClipConfig(Config):
+    """open_clip's model configuration, in its own words so that open_clip can build it too."""
+
+    embed_dim: int
+    vision_cfg: VisionConfig
+    text_cfg: TextConfig
+    quick_gelu: bool = False
+
+
+class PreprocessConfig(Config):
+    """How a picture is brought to the tower's size and range, in open_clip's words."""
+
+    size: int
+    mean: list[float] = [0.48145466, 0.4578275, 0.40821073]
+    std: list[float] = [0.26862954, 0.26130258, 0.27577711]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def describe(self) -> str:
+        """One line for fingerprints; equal lines mean equal preprocessing."""
+        numbers = " ".join(f"{value:.4f}" for value in [*self.mean, *self.std])
+        return f"{self.resize_mode} {self.size} {self.interpolation} {numbers}"
+
+
+def build_clip(config: ClipConfig) -> nn.Module:
+    """open_clip's CLIP with random weights, in training mode."""
+    from open_clip.model import CLIP
+
+    return CLIP(**config.model_dump())
+
+
+class Tokenizer(Protocol):
+    """Captions to ids and a mask (True = real token, the start and the end included)."""
+
+    context: int
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """**Shapes**: B texts → ids (B, L) int64, mask (B, L) bool."""
+        ...
+
+    def raw(self, texts: Sequence[str]) -> list[list[int]]:
+        """The byte-pair ids without padding: what two tokenizers must agree on."""
+        ...
+
+
+class BpeTokenizer:
+    """CLIP's byte-pair tokenizer as open_clip has it, with an optional reduced vocabulary.
+
+    Most of a small CLIP is its 49,408-row table of token embeddings, of which a small data set
+    trains a few thousand. With a vocabulary, the k-th kept id reads row k + 1 and every other id
+    row 0, the unknown token, which is also the padding (training drops words into it, so it
+    means "some word"). Indexing the small table by `rows` gives the equivalent full one.
+    """
+
+    def __init__(self, context: int, vocabulary: Sequence[int] | None = None) -> None:
+        self.context = context
+        self.vocabulary = None if vocabulary is None else list(vocabulary)
+        self.rows = torch.arange(BPE_IDS)
+        if vocabulary is not None:
+            self.rows = torch.zeros(BPE_IDS, dtype=torch.int64)
+            self.rows[torch.tensor(self.vocabulary)] = torch.arange(len(vocabulary)) + 1
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """**Shapes**: B texts → ids (B, L) int64, mask (B, L) bool."""
+        ids = self._tokenize(texts)  # (B, L)
+        length = (ids == END).int().argmax(1) + 1
+        mask = torch.arange(self.context) < length[:, None]
+        return self.rows[ids].masked_fill(~mask, 0), mask
+
+    def raw(self, texts: Sequence[str]) -> list[list[int]]:
+        """The byte-pair ids without padding."""
+        rows = self._tokenize(texts).tolist()
+        return [row[: row.index(END) + 1] for row in rows]
+
+    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+        from open_clip.tokenizer import tokenize
+
+        return tokenize(list(texts), context_length=self.context)
+
+
+def vocabulary_of(captions: Iterable[str], context: int) -> list[int]:
+    """The sorted byte-pair ids that occur in captions; the start and the end always do."""
+    used: set[int] = {START, END}
+    for ids in BpeTokenizer(context).raw(list(captions)):
+        used.update(ids)
+    return sorted(used)
+
+
+class TransformersTokenizer:
+    """A `CLIPTokenizer`; it pads with the end token, hence the mask."""
+
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.context = tokenizer, context
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """**Shapes**: B texts → ids (B, L) int64, mask (B, L) bool."""
+        batch = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+        )
+        return batch["input_ids"], batch["attention_mask"].bool()
+
+    def raw(self, texts: Sequence[str]) -> list[list[int]]:
+        """The byte-pair ids without padding."""
+        ids, mask = self(texts)
+        return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+class OpenClipTowers(nn.Module):
+    """Any open_clip model with a causal text transformer and CLIP's tokenizer."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, config: ClipConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        text: Any = getattr(model, "text", model)  # CustomTextCLIP keeps its text tower apart
+        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+        causal = getattr(text, "attn_mask", None) is not None
+        if (
+            pool not in ("argmax", "eos")
+            or not causal
+            or getattr(text, "cls_emb", None) is not None
+        ):
+            raise CheckpointError(
+                f"this open_clip model's text tower ({type(text).__name__}, pooling {pool!r}) is "
+                "not a causal transformer read at its end token; use one of CLIP's architecture"
+            )
+        self.text_width = text.ln_final.weight.shape[0]
+        projection = text.text_projection
+        self.width = self.text_width
+        if projection is not None:
+            linear = isinstance(projection, nn.Linear)
+            self.width = projection.out_features if linear else projection.shape[1]
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """**Shapes**: (B, 3, R, R) preprocessed → (B, D)."""
+        return self.model.encode_image(pixels)  # type: ignore[operator]
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """**Shapes**: ids, mask (B, L) → tokens (B, L, W) after the final norm, embed (B, D)."""
+        text: Any = getattr(self.model, "text", self.model)
+        x = text.token_embedding(ids)  # (B, L, W)
+        x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
+        x = text.ln_final(x)
+        z = x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]  # (B, W) at the end token
+        if isinstance(text.text_projection, nn.Linear):
+            z = text.text_projection(z)
+        elif text.text_projection is not None:
+            z = z @ text.text_projection  # (B, D)
+        return x, z
+
+
+class TransformersTowers(nn.Module):
+    """transformers' `CLIPTextModelWithProjection` and `CLIPVisionModelWithProjection`.
+
+    Karlo and diffusers folders keep the two apart, CLIP folders together; both load as these.
+    """
+
+    def __init__(self, text: nn.Module, vision: nn.Module, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.text, self.vision, self.tokenizer = text, vision, tokenizer
+        config: Any = text.config
+        self.text_width, self.width = config.hidden_size, config.projection_dim
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """**Shapes**: (B, 3, R, R) preprocessed → (B, D)."""
+        return self.vision(pixel_values=pixels).image_embeds
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """**Shapes**: ids, mask (B, L) → tokens (B, L, W) after the final norm, embed (B, D)."""
+        # Attention is causal, so real tokens never see the padding and need no mask.
+        output = self.text(input_ids=ids)
+        return output.last_hidden_state, output.text_embeds

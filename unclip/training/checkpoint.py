@@ -1,0 +1,129 @@
+"""Checkpoints: a model folder with the averaged weights, and beside it what resuming needs.
+
+checkpoints/step-N/unclip.json, <stage>/config.json, <stage>/model.safetensors (averages)
+checkpoints/step-N/training/weights.safetensors     the live weights
+checkpoints/step-N/training/optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, step.<name>
+checkpoints/step-N/training/state.json
+checkpoints/step-N/manifest.json                    written last
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from unclip import folder as files
+from unclip.errors import CheckpointError
+from unclip.training.ema import EMA
+
+
+class Saves(Protocol):
+    """The part of a task that checkpoints need; see `fit.Task`."""
+
+    name: str
+
+    def save(self, model: nn.Module, folder: Path) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """What a training step changes; `step` counts finished steps, skipped ones included."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    step: int = 0
+
+
+def save_checkpoint(run: Path, task: Saves, state: TrainState, keep: int) -> Path:
+    """Write `checkpoints/step-N` beside its place, rename it, and remove the oldest.
+
+    At least two are kept, so that one damaged file never ends a run.
+    """
+    final = run / "checkpoints" / f"step-{state.step}"
+    beside = final.with_name(final.name + ".tmp")
+    for old in (run / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(old)
+    (beside / "training").mkdir(parents=True)
+    with state.ema.swapped(state.model) as averaged:
+        task.save(averaged, beside)
+    _check_stage(beside / task.name / files.WEIGHTS, state.ema)
+    files.write_tensors(beside / "training" / "weights.safetensors", state.model.state_dict())
+    files.write_tensors(beside / "training" / "optimizer.safetensors", _optimizer_tensors(state))
+    files.write_json(beside / "training" / "state.json", {"format": 1, "step": state.step})
+    files.write_manifest(beside)
+    if final.exists():  # a damaged one that resuming has passed over
+        shutil.rmtree(final)
+    os.rename(beside, final)
+    files.sync(final.parent)
+    _prune(run, state.step, keep)
+    return final
+
+
+def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
+    """Continue from `folder`, whose manifest has been checked.
+
+    **Raises**: `CheckpointError` if it belongs to another model.
+    """
+    weights = folder / "training" / "weights.safetensors"
+    files.load_tensors(state.model, files.read_tensors(weights), str(weights))
+    stage = folder / task.name / files.WEIGHTS
+    state.ema.load(files.read_tensors(stage), str(stage))
+    _load_optimizer(folder / "training" / "optimizer.safetensors", state)
+    saved = files.read_json(folder / "training" / "state.json")
+    if saved.get("format") != 1:
+        raise CheckpointError(f"{folder} has training state of format {saved.get('format')!r}")
+    state.step = saved["step"]
+
+
+def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
+    """Start from the weights of the same stage in a model folder or a run.
+
+    **Raises**: `CheckpointError` if the folder has no such stage or its shapes differ.
+    """
+    folder = files.resolve_folder(path)
+    files.read_stage_config(folder, task.name)
+    weights = folder / task.name / files.WEIGHTS
+    files.load_tensors(model, files.read_tensors(weights), str(weights))
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value
+        for name, param in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(param, {}).items()
+    }
+
+
+def _load_optimizer(path: Path, state: TrainState) -> None:
+    params = dict(state.model.named_parameters())
+    for full_name, saved in files.read_tensors(path).items():
+        key, _, name = full_name.partition(".")
+        if name not in params:
+            raise CheckpointError(f"{path} holds {full_name}, but the model has no {name}")
+        param = params[name]
+        # Moments get their parameter's memory format back; the file holds contiguous copies.
+        value = torch.empty_like(param) if saved.shape == param.shape else torch.empty_like(saved)
+        value = value.to(param.device, saved.dtype).detach().copy_(saved)
+        state.optimizer.state[param][key] = value
+
+
+def _check_stage(path: Path, ema: EMA) -> None:
+    with safe_open(path, framework="pt") as stored:
+        missing = set(ema.names) - set(stored.keys())
+    assert not missing, f"Task.save must keep parameter names; {path} lacks {sorted(missing)[:4]}"
+
+
+def _prune(run: Path, step: int, keep: int) -> None:
+    """Keep the newest up to `step`; a later one is damaged, else we had resumed from it."""
+    folders = files.list_checkpoints(run)
+    sound = [folder for folder in folders if (files.checkpoint_step(folder) or 0) <= step]
+    for folder in set(folders) - set(sound[: max(keep, 2)]):
+        shutil.rmtree(folder)

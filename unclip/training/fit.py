@@ -1,0 +1,246 @@
+"""The one training loop (Appendix C): AdamW, averaged weights, exact resume, any process count."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from unclip.config import Config
+from unclip.errors import DivergedError
+from unclip.randomness import generator
+from unclip.training.checkpoint import TrainState, load_checkpoint, load_init, save_checkpoint
+from unclip.training.ema import EMA
+from unclip.training.log import RunLog
+from unclip.training.run import on_main, open_run, stop_signal
+
+MAX_SKIPPED = 10
+
+
+class TrainConfig(Config):
+    """How to train. `batch` is global: over all processes and accumulation steps."""
+
+    out: str
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(gt=0)
+    warmup: int = Field(default=0, ge=0)
+    decay: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float | None = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.9999, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    save_every: int = Field(ge=1)
+    sample_every: int = Field(ge=1)
+    log_every: int = Field(default=10, ge=1)
+    keep: int = Field(default=2, ge=2)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    init: str | None = None
+
+
+class Batch(Protocol):
+    """One process's share of one micro-batch."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+class Task(Protocol):
+    """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
+
+    `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
+    are logged. It calls `model` (perhaps wrapped) exactly once and draws all its noise from
+    `randomness` by the batch's global ids. `preview` draws with fixed seeds. `save` keeps the names
+    of `model.state_dict()`.
+    """
+
+    name: str
+    model: nn.Module
+
+    def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]: ...
+
+    def preview(self, model: nn.Module) -> Image.Image | None: ...
+
+    def save(self, model: nn.Module, folder: Path) -> None: ...
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of optimizer step `step`, counted from 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices and kernels, not on gains and biases."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+
+
+def fit(
+    task: Task,
+    batches: Callable[[int], Iterator[Batch]],
+    config: TrainConfig,
+    resolved: Config,
+    accelerator: Accelerator,
+) -> Path:
+    """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
+
+    `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
+    each step, without end. SIGTERM or SIGINT saves after the current step and returns.
+
+    **Raises**: `ConfigError` if the run folder belongs to another configuration,
+    `CheckpointError` if its checkpoints are damaged, `DivergedError` if ten steps in a row are
+    not finite.
+    """
+    run = Path(config.out)
+    newest = on_main(accelerator, lambda: open_run(run, resolved))
+    if newest is None and config.init is not None:
+        load_init(task, task.model, config.init)
+    task.model.train()
+    if config.compile:
+        task.model.compile()  # in place: keys keep their names
+    wrapped = accelerator.prepare_model(task.model)
+    state = TrainState(task.model, build_optimizer(task.model, config), EMA(task.model, config.ema))
+    if newest is not None:
+        load_checkpoint(newest, task, state)
+    log = RunLog(
+        run, start=state.step, steps=config.steps, batch=config.batch, accelerator=accelerator
+    )
+    if newest is not None:
+        log.say(f"resumed from {newest}")
+    try:
+        with stop_signal() as stopped:
+            newest = _loop(task, wrapped, batches, config, state, accelerator, log, stopped, newest)
+    finally:
+        log.close()
+        # Take accelerate's autocast wrapper off the model's forward again.
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return newest
+
+
+def _loop(
+    task: Task,
+    wrapped: nn.Module,
+    batches: Callable[[int], Iterator[Batch]],
+    config: TrainConfig,
+    state: TrainState,
+    accelerator: Accelerator,
+    log: RunLog,
+    stopped: threading.Event,
+    newest: Path | None,
+) -> Path:
+    run = Path(config.out)
+    main = accelerator.is_main_process
+    if state.step == 0 and main:
+        _preview(task, state, run)
+    stream = batches(state.step)
+    params = [p for p in task.model.parameters() if p.requires_grad]
+    skipped_in_a_row = 0
+    while state.step < config.steps:
+        lr = learning_rate(state.step, config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        entries, wait = _backward(task, wrapped, stream, config, state.step, accelerator)
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        finite = entries["loss"].isfinite() & norm.isfinite()
+        skip, stop = _any_rank(~finite, stopped.is_set(), accelerator)
+        if not skip:
+            if config.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(params, config.clip_grad, norm)
+            state.optimizer.step()
+            state.ema.update(state.step)
+        state.optimizer.zero_grad()
+        state.step += 1
+        skipped_in_a_row = skipped_in_a_row + 1 if skip else 0
+        log.add(entries, wait, skip)
+        last = stop or state.step == config.steps
+        if skipped_in_a_row == MAX_SKIPPED:
+            raise DivergedError(
+                f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, up to step "
+                f"{state.step}; lower train.lr, raise train.warmup, or use train.precision=fp32"
+            )
+        if state.step % config.log_every == 0 or last:
+            log.write(state.step, float(norm), lr)
+        with log.untimed():
+            if state.step % config.save_every == 0 or last:
+                newest = run / "checkpoints" / f"step-{state.step}"
+                if main:
+                    save_checkpoint(run, task, state, config.keep)
+                accelerator.wait_for_everyone()
+            if main and (state.step % config.sample_every == 0 or state.step == config.steps):
+                _preview(task, state, run)
+        if stop:
+            log.say(f"stopped at step {state.step}; the same command continues from there")
+            break
+    accelerator.wait_for_everyone()
+    assert newest is not None
+    return newest
+
+
+def _backward(
+    task: Task,
+    wrapped: nn.Module,
+    stream: Iterator[Batch],
+    config: TrainConfig,
+    step: int,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], float]:
+    """Gradients of one global batch; this process's mean entries and its wait for data."""
+    sums: dict[str, Tensor] = {}
+    wait = 0.0
+    for micro in range(config.accumulate):
+        since = time.perf_counter()
+        batch = next(stream).to(accelerator.device)
+        wait += time.perf_counter() - since
+        # Only dropout draws from the default generator.
+        rank = accelerator.process_index
+        torch.manual_seed(generator(config.seed, "dropout", step, micro, rank).initial_seed())
+        more = micro < config.accumulate - 1
+        with accelerator.no_sync(wrapped) if more else nullcontext():
+            values = {k: v.mean() for k, v in task.loss(wrapped, batch, step).items()}
+            accelerator.backward(values["loss"] / config.accumulate)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+    return sums, wait
+
+
+def _any_rank(skip: Tensor, stop: bool, accelerator: Accelerator) -> tuple[bool, bool]:
+    """Both flags, true everywhere if true on any process."""
+    flags = torch.stack([skip, torch.tensor(stop, device=skip.device)]).int()
+    if accelerator.num_processes > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags[0]), bool(flags[1])
+
+
+def _preview(task: Task, state: TrainState, run: Path) -> None:
+    """Save samples/step-N.png from the averaged weights; weights and randomness stay."""
+    device = next(state.model.parameters()).device
+    fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with fork, torch.no_grad(), state.ema.swapped(state.model) as averaged:
+        image = task.preview(averaged)
+    if image is not None:
+        (run / "samples").mkdir(exist_ok=True)
+        image.save(run / "samples" / f"step-{state.step}.png")

@@ -1,0 +1,128 @@
+"""What a run tells: metrics.jsonl, TensorBoard when installed, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+
+class RunLog:
+    """Means over the steps since the last line; only rank 0 writes.
+
+    A line holds step and images (both counted from the start of training), the mean of every loss
+    entry over all processes, grad_norm and lr of its last step, images_per_second, data_wait (the
+    share of time spent waiting for data), and skipped (steps left out as non-finite).
+    """
+
+    def __init__(
+        self, run: Path, *, start: int, steps: int, batch: int, accelerator: Accelerator
+    ) -> None:
+        self.accelerator = accelerator
+        self.batch = batch
+        self._writer: Any = None
+        self._bar: Any = None
+        self._path = run / "metrics.jsonl"
+        if accelerator.is_main_process:
+            _keep_until(self._path, start)
+            self._writer = _tensorboard(run / "tensorboard", start)
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self._clear()
+
+    def add(self, entries: dict[str, Tensor], wait: float, skipped: bool) -> None:
+        """Take note of one finished step; a skipped one does not count in the means."""
+        self._steps += 1
+        self._wait += wait
+        self._skipped += skipped
+        if not skipped:
+            for name, value in entries.items():
+                self._sums[name] = self._sums.get(name, 0) + value.float()
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int, grad_norm: float, lr: float) -> None:
+        """Write a line after `step` finished steps; every process must call this."""
+        names = sorted(self._sums)
+        means = []
+        if names:
+            stacked = torch.stack([self._sums[name] for name in names])
+            stacked = stacked / (self._steps - self._skipped)
+            means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        seconds = time.perf_counter() - self._since
+        line = {
+            "step": step,
+            "images": step * self.batch,
+            **dict(zip(names, means, strict=True)),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "images_per_second": self._steps * self.batch / seconds,
+            "data_wait": self._wait / seconds,
+            "skipped": self._skipped,
+        }
+        self._clear()
+        if self._bar is None:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        self._bar.set_postfix({k: f"{line[k]:.4g}" for k in ("loss", "lr") if k in line})
+        if self._writer is not None:
+            for name, value in line.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave out of images_per_second what is no training."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        for part in (self._bar, self._writer):
+            if part is not None:
+                part.close()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._skipped = 0
+        self._wait = 0.0
+        self._since = time.perf_counter()
+
+
+def _keep_until(path: Path, start: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    if path.exists():
+        kept = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start
+        ]
+        path.write_text("".join(line + "\n" for line in kept if start), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a killed run may be torn
+        return math.inf
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,93 @@
+"""Around the loop: the run folder's configuration, rank 0's decisions, and stopping on a signal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from unclip import folder as files
+from unclip.config import Config, read_yaml, save_config
+from unclip.errors import CheckpointError, ConfigError, UnclipError
+
+# What may differ between a run and its continuation.
+FREE_KEYS = ("steps", "save_every", "sample_every", "log_every", "keep", "out")
+
+T = TypeVar("T")
+
+
+def open_run(run: Path, resolved: Config) -> Path | None:
+    """The checkpoint to resume from, if any, after comparing configurations."""
+    newest = files.newest_checkpoint(run, training=True)
+    saved = run / "config.yaml"
+    if newest is not None:
+        if not saved.is_file():
+            raise CheckpointError(f"{run} has checkpoints but no config.yaml")
+        _check_same(_flat(read_yaml(saved)), _flat(resolved.model_dump(mode="json")), run)
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(resolved, saved)
+    return newest
+
+
+def _check_same(saved: dict[str, Any], given: dict[str, Any], run: Path) -> None:
+    for key in [*given, *(set(saved) - set(given))]:
+        if key in {f"train.{free}" for free in FREE_KEYS}:
+            continue
+        if key not in saved or key not in given or saved[key] != given[key]:
+            was, now = saved.get(key, "absent"), given.get(key, "absent")
+            raise ConfigError(
+                f"{run} holds a run with {key} = {was!r}, not {now!r}; "
+                "choose another train.out to start a new one"
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do something on rank 0 only; all processes get its result or raise its error."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UnclipError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: Any) -> None:
+        stopped.set()
+        signal.signal(number, usual[signal.Signals(number)])
+
+    for number in usual:
+        signal.signal(number, handle)
+    try:
+        yield stopped
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
