@@ -26,19 +26,21 @@ from unclip.config import Config
 from unclip.contrastive import contrastive_loss, retrieval_rank
 from unclip.data.dataset import Batch, DataConfig, Dataset, batches, open_dataset
 from unclip.errors import ConfigError
+from unclip.preprocessing import PreprocessConfig
 from unclip.towers import (
     BpeTokenizer,
     ClipConfig,
     OpenClipTowers,
-    PreprocessConfig,
     build_clip,
     vocabulary_of,
 )
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
 
-CAPTION_DRAWS = 8  # wordings drawn from each picture when the vocabulary is collected
-HALF = [0.5, 0.5, 0.5]  # the mean and the deviation that leave pixels in [-1, 1]
+# For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
+# larger dataset.
+DRAWS, MANY = 8, 16_384
+HALF = (0.5, 0.5, 0.5)  # the mean and the deviation that leave pixels in [-1, 1]
 
 
 class AugmentConfig(Config):
@@ -84,7 +86,9 @@ class ClipTask:
         rows = int(self.tokenizer.rows.max()) + 1
         text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
         self.model_config = config.model.model_copy(update={"text_cfg": text})
-        self.model: nn.Module = build_clip(self.model_config)
+        model = build_clip(self.model_config)
+        # A quarter faster as a ResNet.
+        self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step = 0
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -163,8 +167,9 @@ def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Gen
 
 
 def _captions(dataset: Dataset) -> Iterator[str]:
-    for index in range(len(dataset)):
-        for draw in range(CAPTION_DRAWS):
+    stride = -(-len(dataset) // MANY)
+    for index in range(0, len(dataset), stride):
+        for draw in range(DRAWS if stride == 1 else 1):
             yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
 
 

@@ -29,11 +29,16 @@ from unclip.folder import (
     resolve_folder,
     write_stage,
 )
+from unclip.preprocessing import (
+    PreprocessConfig,
+    resize_and_crop,
+    resize_pil,
+    transformers_preprocess,
+)
 from unclip.towers import (
     BpeTokenizer,
     ClipConfig,
     OpenClipTowers,
-    PreprocessConfig,
     TransformersTokenizer,
     TransformersTowers,
     build_clip,
@@ -86,6 +91,7 @@ class FrozenCLIP(nn.Module):
     """CLIP's towers, frozen, in evaluation mode, with their own preprocessing and tokenizer.
 
     `width` D, `text_width` W, `context` L, `image_size` R. Embeddings are raw (not normalised).
+    The towers passed in are frozen in place.
     """
 
     def __init__(self, towers: Towers, preprocess: PreprocessConfig, name: str) -> None:
@@ -121,6 +127,7 @@ class FrozenCLIP(nn.Module):
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage `clip` of a model folder; `load` reads it back."""
         config: dict[str, Any] = {"name": self.name, "preprocess_cfg": self.preprocess.model_dump()}
+        weights: nn.Module = self.towers
         if isinstance(self.towers, TransformersTowers):
             text: Any = self.towers.text
             vision: Any = self.towers.vision
@@ -130,11 +137,11 @@ class FrozenCLIP(nn.Module):
             }
             self._check_tokenizer()
         else:
+            weights = self.towers.model  # keys as in open_clip's own files
             config["model_cfg"] = self._model_config()
             config["vocabulary"] = getattr(self.towers.tokenizer, "vocabulary", None)
         config["fingerprint"] = self.fingerprint.model_dump()
-        weights = self.towers if "transformers" in config else self.towers.model
-        write_stage(folder, "clip", config, weights.state_dict(), dtype)  # type: ignore[operator]
+        write_stage(folder, "clip", config, weights.state_dict(), dtype)
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """A frozen encoder stays in evaluation mode."""
@@ -156,7 +163,7 @@ class FrozenCLIP(nn.Module):
 
         **Shapes**: (B, 3, H, W) of any size → (B, D). **Units**: pixels in [-1, 1].
         """
-        x = _resize(images.to(self.device, torch.float32), self.preprocess)  # (B, 3, R, R)
+        x = resize_and_crop(images.to(self.device, torch.float32), self.preprocess)  # (B, 3, R, R)
         mean, std = x.new_tensor(self.preprocess.mean), x.new_tensor(self.preprocess.std)
         # Bicubic overshoots; an 8-bit picture, which the towers were trained on, can't.
         x = ((x + 1) / 2).clamp(0, 1)
@@ -165,7 +172,7 @@ class FrozenCLIP(nn.Module):
 
     def encode_pil(self, images: Sequence[Image.Image]) -> Tensor:
         """Raw image embeddings of PIL pictures, resized by PIL. **Shapes**: B pictures → (B, D)."""
-        pixels = [to_tensor(_resize_pil(to_rgb(image), self.preprocess)) for image in images]
+        pixels = [to_tensor(resize_pil(to_rgb(image), self.preprocess)) for image in images]
         return self.encode_image(torch.stack(pixels))
 
     @torch.no_grad()
@@ -281,16 +288,22 @@ def _from_open_clip(source: str) -> FrozenCLIP:
 
 
 def _from_transformers(path: Path) -> FrozenCLIP:
-    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
     try:
         load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        text = CLIPTextModelWithProjection.from_pretrained(path, **load)
-        vision = CLIPVisionModelWithProjection.from_pretrained(path, **load)
+        both = CLIPModel.from_pretrained(path, **load)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a complete transformers CLIP folder: {error}"
         ) from None
+    for config in (both.config.text_config, both.config.vision_config):
+        config.projection_dim = both.config.projection_dim
+    with torch.device("meta"):  # shells: their parts come from the loaded model
+        text = CLIPTextModelWithProjection(both.config.text_config)
+        vision = CLIPVisionModelWithProjection(both.config.vision_config)
+    text.text_model, text.text_projection = both.text_model, both.text_projection
+    vision.vision_model, vision.visual_projection = both.vision_model, both.visual_projection
     processor = path / "preprocessor_config.json"
     data = read_json(processor) if processor.is_file() else {}
     preprocess = transformers_preprocess(data, vision.config.image_size)
@@ -315,50 +328,6 @@ def from_transformers(
         raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
     towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
     return FrozenCLIP(towers, preprocess, name)
-
-
-def transformers_preprocess(data: dict[str, Any], image_size: int) -> PreprocessConfig:
-    """A `preprocessor_config.json` in our words; what it leaves out is CLIP's own."""
-    size = data.get("size", image_size)
-    squash = isinstance(size, dict) and "height" in size
-    if isinstance(size, dict):
-        size = size.get("shortest_edge", size.get("height"))
-    if size != image_size:
-        raise CheckpointError(
-            f"the preprocessing makes pictures of {size} px, the tower reads {image_size} px"
-        )
-    names = {"mean": "image_mean", "std": "image_std"}
-    kept = {ours: data[theirs] for ours, theirs in names.items() if theirs in data}
-    return PreprocessConfig(
-        size=size,
-        interpolation="bilinear" if data.get("resample", 3) == 2 else "bicubic",
-        resize_mode="squash" if squash else "shortest",
-        **kept,
-    )
-
-
-def _target(height: int, width: int, config: PreprocessConfig) -> tuple[int, int]:
-    if config.resize_mode == "squash":
-        return config.size, config.size
-    if config.resize_mode != "shortest":
-        raise ConfigError(f"resize_mode = {config.resize_mode!r}: expected shortest or squash")
-    short = min(height, width)
-    return int(config.size * height / short), int(config.size * width / short)
-
-
-def _resize(x: Tensor, config: PreprocessConfig) -> Tensor:
-    """Resize and crop the centre. **Shapes**: (B, 3, H, W) → (B, 3, R, R)."""
-    height, width = _target(*x.shape[-2:], config)
-    if x.shape[-2:] != (height, width):
-        mode = config.interpolation
-        x = F.interpolate(x, (height, width), mode=mode, antialias=True, align_corners=False)
-    top, left = round((height - config.size) / 2), round((width - config.size) / 2)
-    return x[..., top : top + config.size, left : left + config.size]
-
-
-def _resize_pil(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    height, width = _target(image.height, image.width, config)
-    return image.resize((width, height), Image.Resampling[config.interpolation.upper()])
 
 
 def _probes() -> Tensor:

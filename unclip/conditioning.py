@@ -92,18 +92,19 @@ class Cond:
     def rows(self, index: slice) -> Cond:
         """The chosen rows, before `model.prepare`."""
         assert self.cache is None, "choose rows before model.prepare"
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Cond(
-            **{
-                name: value.rows(index) if isinstance(value, TextEncoding) else value[index]
-                for name, value in values.items()
-                if value is not None
-            }
-        )
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                parts[field.name] = value.rows(index) if field.name == "text" else value[index]
+        return Cond(**parts)
 
     @classmethod
     def cat(cls, conds: Sequence[Cond]) -> Cond:
-        """Stack conditions along the batch, in order."""
+        """Stack conditions along the batch, in order.
+
+        **Raises**: `ValueError` if some of them have a part that others lack.
+        """
         assert all(cond.cache is None for cond in conds), "stack conditions before model.prepare"
         parts: dict[str, Any] = {}
         for field in fields(cls):
@@ -113,8 +114,10 @@ class Cond:
                     torch.ones(len(c), dtype=torch.bool, device=c.device) if v is None else v
                     for c, v in zip(conds, values, strict=True)
                 ]
-            if values[0] is None:
+            if all(value is None for value in values):
                 parts[field.name] = None
+            elif any(value is None for value in values):
+                raise ValueError(f"some conditions have {field.name} and others do not")
             elif field.name == "text":
                 parts["text"] = TextEncoding(*map(torch.cat, zip(*values, strict=True)))
             else:

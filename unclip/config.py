@@ -42,6 +42,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that `_Loader`, or any YAML 1.1 reader, would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_Loader.yaml_implicit_resolvers.get(first, []), *resolvers]
+    for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+
+
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """Read a YAML file, apply dotted overrides such as `train.lr=1e-4`, and check everything.
 
@@ -81,7 +91,7 @@ def parse_config(data: dict[str, Any], schema: type[C], source: str) -> C:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back to an equal one."""
-    text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    text = yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -115,18 +125,17 @@ def _explain(item: Any, schema: type[Config]) -> str:
 
 
 def _names(schema: Any, location: Sequence[int | str]) -> list[str]:
+    """The names valid at a location; list places and union tags in it are passed over."""
     for part in location:
-        schema = _section(schema.model_fields[part].annotation) if isinstance(part, str) else schema
+        field = schema.model_fields.get(part)
+        schema = (_section(field.annotation) if field is not None else None) or schema
     return list(schema.model_fields)
 
 
 def _section(annotation: Any) -> Any:
-    options = [annotation, *typing.get_args(annotation)]
-    for option in options:
-        if isinstance(option, type) and issubclass(option, Config):
-            return option
-        if typing.get_args(option):
-            inner = _section(option)
-            if inner is not None:
-                return inner
-    return None
+    options = typing.get_args(annotation)
+    if not options:
+        return (
+            annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+        )
+    return next((inner for option in options if (inner := _section(option)) is not None), None)

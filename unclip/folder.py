@@ -245,19 +245,19 @@ def check_manifest(folder: Path, training: bool) -> None:
     **Raises**: `CheckpointError` naming the first file that differs.
     """
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{folder / MANIFEST} lists no files")
-    for name, entry in manifest["files"].items():
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise CheckpointError(f"{folder / MANIFEST} is not a list of files")
+    for name, entry in entries.items():
         path = folder / name
         if name.startswith("training/") and not training:
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, expected {entry['size']}"
-            )
-        if _sha256(path) != entry["sha256"]:
+        size = path.stat().st_size
+        if size != entry.get("size"):
+            raise CheckpointError(f"{path} has {size} bytes, expected {entry.get('size')}")
+        if _sha256(path) != entry.get("sha256"):
             raise CheckpointError(f"{path} has changed since it was written (sha256 differs)")
 
 

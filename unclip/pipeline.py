@@ -1,9 +1,11 @@
-"""UnCLIP: CLIP text → prior → CLIP image embedding → decoder → upsamplers (Section 2)."""
+"""UnCLIP: CLIP text → prior → CLIP image embedding → decoder → upsamplers (Section 2).
+
+B pictures, D CLIP embedding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 
 from unclip import randomness
-from unclip.clip import FrozenCLIP, check_same_encoder
+from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
 from unclip.conditioning import Cond, TextEncoding
-from unclip.config import parse_config
-from unclip.data.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
-from unclip.diffusion.sampling import SamplingConfig, make_scheduler, sample
-from unclip.diffusion.tiling import Tiled
-from unclip.errors import CheckpointError, ConfigError
+from unclip.data.images import MAX_PIXELS, pad_to_square, resize, to_pil, to_rgb, to_tensor
+from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.folder import read_index, resolve_folder
+from unclip.options import Options
 from unclip.stages import Stage, load_stage
-
-# One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
-ByStage = Any
-CHUNK_PIXELS = 2**18  # pictures that go through a network together: 64 at 64 px, one at 1024
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call asks for beyond a model's own defaults, the same for every verb.
-
-    `steps`, `guidance` and `sampler` are one value for the decoder or a dict by stage name.
-    `tile` runs upsamplers on tiles of that many pixels. `prior_candidates` embeddings are drawn
-    for each picture and the one closest to its text is kept; `candidates` pictures are finished
-    for each one returned and the best by CLIP score is kept.
-    """
-
-    size: int | None = None
-    steps: ByStage = None
-    guidance: ByStage = None
-    sampler: ByStage = None
-    eta: float | None = None
-    tile: int | None = None
-    prior_candidates: int = 2
-    candidates: int = 1
-    progress: bool = False
-
-    def sampling(self, stage: Stage) -> SamplingConfig:
-        """How to sample one stage: its own defaults with what the caller said."""
-        asked = {}
-        for key in ("steps", "guidance", "sampler"):
-            value = getattr(self, key)
-            if isinstance(value, dict):
-                value = value.get(stage.name)
-            elif stage.kind != "decoder":
-                value = None
-            if value is not None:
-                asked[key] = value
-        if self.eta is not None and stage.kind == "decoder":
-            asked["eta"] = self.eta
-        merged = stage.sampling.model_dump() | asked
-        config = parse_config(merged, SamplingConfig, f"sampling of {stage.name}")
-        make_scheduler(stage.diffusion, config.sampler, config.steps)
-        return config
 
 
 class UnCLIP:
     """The stack. Stages may be missing: then what needs them says so.
 
     Image k of a call uses one float32 CPU generator seeded `seed + k` through all stages.
+
+    **Raises**: `CheckpointError` if stages were trained with different CLIP encoders.
     """
 
     def __init__(
@@ -86,10 +44,9 @@ class UnCLIP:
         self.clip, self.prior, self.decoder = clip, prior, decoder
         self.upsamplers = sorted(upsamplers, key=lambda stage: stage.network.config.high)
         self.device, self.dtype = torch.device(device), dtype
-        if clip is not None:
-            for stage in (prior, decoder):
-                if stage is not None and stage.encoder is not None:
-                    check_same_encoder(clip.fingerprint, stage.encoder, stage.name)
+        for stage in (prior, decoder):
+            if stage is not None and stage.encoder is not None and self.encoder is not None:
+                check_same_encoder(self.encoder, stage.encoder, stage.name)
 
     @classmethod
     def from_pretrained(
@@ -103,16 +60,15 @@ class UnCLIP:
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
         root = resolve_folder(folder)
-        names = read_index(root)["stages"]
+        names = [str(name) for name in read_index(root)["stages"]]
         stages = {n: load_stage(root, n, device, dtype) for n in names if n != "clip"}
-        return cls(
-            FrozenCLIP.load(str(root / "clip"), device, dtype) if "clip" in names else None,
-            stages.get("prior"),
-            stages.get("decoder"),
-            [stage for stage in stages.values() if stage.kind == "upsampler"],
-            device,
-            dtype,
-        )
+        clip = None
+        if "clip" in names:
+            clip = FrozenCLIP.load(str(root / "clip"))
+            _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
+            clip = clip.to(device, dtype)
+        upsamplers = [stage for stage in stages.values() if stage.kind == "upsampler"]
+        return cls(clip, stages.get("prior"), stages.get("decoder"), upsamplers, device, dtype)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write every stage as a model folder, in `dtype` or as they are."""
@@ -128,10 +84,21 @@ class UnCLIP:
         return [s for s in (self.prior, self.decoder, *self.upsamplers) if s is not None]
 
     @property
+    def encoder(self) -> Fingerprint | None:
+        """Which CLIP encoder this model's embeddings come from."""
+        if self.clip is not None:
+            return self.clip.fingerprint
+        trained = [s.encoder for s in (self.prior, self.decoder) if s is not None]
+        return next((encoder for encoder in trained if encoder is not None), None)
+
+    @property
     def sizes(self) -> list[int]:
-        """The sides of the pictures that this model can make, in pixels."""
-        own = [] if self.decoder is None else [self.decoder.network.config.resolution]
-        return own + [stage.network.config.high for stage in self.upsamplers]
+        """The sides of the pictures that this model makes of text or embeddings, in pixels."""
+        if self.decoder is None:
+            return []
+        own = self.decoder.network.config.resolution
+        highs = [stage.network.config.high for stage in self.upsamplers]
+        return [own, *(high for high in highs if high > own and self._route(own, high))]
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
@@ -140,20 +107,19 @@ class UnCLIP:
     def encode_image(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
         images = [images] if isinstance(images, Image.Image) else list(images)
-        return self._clip().encode_pil([pad_to_square(to_rgb(image)) for image in images])
+        return self._clip().encode_pil([_square(image) for image in images])
 
     def text_to_image(
         self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
     ) -> list[Image.Image]:
         """n pictures for each prompt, prompt-major; see `Options` for the rest."""
-        opts = _options(options)
-        prompts = _list(prompt)
-        stage = self._need("prior", "text to image; without one, make variations of a picture")
-        self._check(opts)
+        opts, prompts = Options.of(options), _list(prompt)
+        prior = self._need("prior", "text to image; without one, make variations of a picture")
+        self._check(opts, n)
         text = self._clip().encode_text(prompts).repeat(n)
 
         def make(generators: list[torch.Generator]) -> list[Image.Image]:
-            z_image = self._sample_prior(stage, text, generators, opts)
+            z_image = self._sample_prior(prior, text, generators, opts)
             return self._decode(z_image, text, generators, opts)
 
         return self._best(make, text, n * len(prompts), seed, opts)
@@ -168,29 +134,33 @@ class UnCLIP:
     ) -> list[Image.Image]:
         """n pictures for each raw CLIP image embedding, with an optional caption for each.
 
-        **Shapes**: z_image (B, D). **Raises**: `ConfigError` for another width.
+        **Shapes**: z_image (B, D). **Raises**: `ConfigError` for another width, `DataError` for
+        numbers that are not finite.
         """
-        opts = _options(options)
-        self._check(opts)
-        width = self._need("decoder", "pictures").network.config.embed
-        if z_image.ndim != 2 or z_image.shape[1] != width:
+        opts = Options.of(options)
+        self._check(opts, n)
+        config = self._need("decoder", "pictures").network.config
+        if z_image.ndim != 2 or z_image.shape[1] != config.embed or not len(z_image):
             raise ConfigError(
-                f"embeddings of shape {tuple(z_image.shape)}; this decoder takes (N, {width})"
+                f"embeddings of shape {tuple(z_image.shape)}; this decoder takes (N, "
+                f"{config.embed})"
             )
-        captions = [""] * len(z_image) if text is None else _list(text)
-        if len(captions) not in (1, len(z_image)):
-            raise ConfigError(f"{len(captions)} captions for {len(z_image)} embeddings")
+        if not bool(z_image.isfinite().all()):
+            raise DataError("embeddings must be finite, and some numbers are not")
+        captions = _list("" if text is None else text)
         if len(captions) == 1:
             captions = captions * len(z_image)
+        if len(captions) != len(z_image):
+            raise ConfigError(f"{len(captions)} captions for {len(z_image)} embeddings")
         encoding = None
-        if self.clip is not None:
-            encoding = self.clip.encode_text(captions).repeat(n)
-        rows = z_image.to(self.device, self.dtype).repeat_interleave(n, 0)
+        if self.clip is not None or text is not None or config.text_width is not None:
+            encoding = self._clip().encode_text(captions).repeat(n)
+        rows = z_image.to(self.device, torch.float32).repeat_interleave(n, 0)  # (B n, D)
 
         def make(generators: list[torch.Generator]) -> list[Image.Image]:
             return self._decode(rows, encoding, generators, opts)
 
-        return self._best(make, encoding if text else None, len(rows), seed, opts)
+        return self._best(make, None if text is None else encoding, len(rows), seed, opts)
 
     def variations(
         self, image: Image.Image, n: int = 1, seed: int = 0, eta: float = 1.0, **options: Any
@@ -201,43 +171,43 @@ class UnCLIP:
         )
 
     def upscale(self, image: Image.Image, seed: int = 0, **options: Any) -> Image.Image:
-        """Send a picture through the upsamplers; it is first resized to the nearest one's input.
+        """Send a picture, padded to a square, through the upsamplers.
 
-        The stage with the largest input not above the picture's side begins.
+        It is first resized to the input of the stage that begins: the one with the largest input
+        not above the picture's side.
         """
-        opts = _options(options)
+        opts = Options.of(options)
         if not self.upsamplers:
-            raise ConfigError("this model has no upsampler")
-        image = pad_to_square(to_rgb(image))
-        lows = [stage.network.config.low for stage in self.upsamplers]
-        first = max((i for i, low in enumerate(lows) if low <= image.width), default=0)
-        highs = [stage.network.config.high for stage in self.upsamplers[first:]]
-        goal = opts.size or highs[-1]
-        if goal not in highs:
-            raise ConfigError(
-                f"size {goal}: a picture of {image.width} pixels can be upscaled to {highs}"
-            )
-        chosen = self.upsamplers[first : first + highs.index(goal) + 1]
-        x = resize(to_tensor(image)[None].to(self.device), lows[first])
+            raise CheckpointError("this model has no upsampler, which is needed to upscale")
+        opts = opts.spread(self.upsamplers)
+        opts.check(self.stages)
+        image = _square(image)
+        side = image.width
+        goals = [s.network.config.high for s in self.upsamplers if s.network.config.high > side]
+        goal = opts.size or self.upsamplers[-1].network.config.high
+        if goal not in goals:
+            possible = f"can be upscaled to {goals}" if goals else "is too large to upscale"
+            raise ConfigError(f"size {goal}: with this model a picture of {side} pixels {possible}")
+        lows = {stage.network.config.low for stage in self.upsamplers}
+        order = sorted(lows, key=lambda low: (low > side, abs(low - side)))
+        low, chosen = next(
+            (low, r) for low in order if low < goal and (r := self._route(low, goal))
+        )
+        x = resize(to_tensor(image)[None].to(self.device), low)  # (1, 3, low, low)
         generators = [torch.Generator().manual_seed(seed)]
         return to_pil(self._upsample(x, chosen, generators, opts)[0])
-
-    # The stages, each on all pictures of a call.
 
     def _sample_prior(
         self, stage: Stage, text: TextEncoding, own: list[torch.Generator], opts: Options
     ) -> Tensor:
-        """Sample z_image, `prior_candidates` for each text, and keep those closest to z_text."""
+        """Draw `prior_candidates` z_image for each text and keep those closest to z_text."""
         m = opts.prior_candidates
         generators = [g for k in own for g in _candidates(k, m)]
-        z = self._run(
-            stage, Cond(text=text.repeat(m)), (stage.network.config.embed,), generators, opts
-        )
-        z = stage.network.scale.inverse(z.to(self.dtype))
-        if m == 1:
-            return z
-        score = cosine_similarity(z.float(), text.repeat(m).embed.float()).view(-1, m)
-        return z.view(-1, m, z.shape[1])[torch.arange(len(score)), score.argmax(1)]
+        texts = text.repeat(m)
+        shape = (stage.network.config.embed,)
+        z = stage.network.scale.inverse(self._run(stage, Cond(text=texts), shape, generators, opts))
+        score = cosine_similarity(z, texts.embed.float()).view(-1, m)  # (B, m)
+        return z[torch.arange(len(own), device=z.device) * m + score.argmax(1)]  # (B, D)
 
     def _decode(
         self,
@@ -248,20 +218,18 @@ class UnCLIP:
     ) -> list[Image.Image]:
         stage = self._need("decoder", "pictures")
         side = stage.network.config.resolution
-        x = self._run(
-            stage, Cond(image_embed=z_image, text=text), (3, side, side), generators, opts
-        )
-        goal = opts.size or self.sizes[-1]
-        chosen = [s for s in self.upsamplers if s.network.config.high <= goal]
-        return [to_pil(row) for row in self._upsample(x.clamp(-1, 1), chosen, generators, opts)]
+        cond = Cond(image_embed=z_image, text=text)
+        x = self._run(stage, cond, (3, side, side), generators, opts).clamp(-1, 1)
+        chosen = self._route(side, opts.size or self.sizes[-1]) or []
+        return [to_pil(row) for row in self._upsample(x, chosen, generators, opts)]
 
     def _upsample(
         self, x: Tensor, chosen: list[Stage], generators: list[torch.Generator], opts: Options
     ) -> Tensor:
         for stage in chosen:
             side = stage.network.config.high
-            low = resize(x, side).to(self.dtype)
-            x = self._run(stage, Cond(low_res=low), (3, side, side), generators, opts).clamp(-1, 1)
+            cond = Cond(low_res=resize(x, side))
+            x = self._run(stage, cond, (3, side, side), generators, opts).clamp(-1, 1)
         return x
 
     def _run(
@@ -272,37 +240,16 @@ class UnCLIP:
         generators: list[torch.Generator],
         opts: Options,
     ) -> Tensor:
-        """Sample one stage in chunks; a picture's chunk-mates don't change it."""
-        config = opts.sampling(stage)
-        network = stage.network
-        if opts.tile is not None and stage.kind == "upsampler" and opts.tile < shape[-1]:
-            network = Tiled(network, opts.tile)
-        chunk = max(1, CHUNK_PIXELS // (shape[-1] ** 2 if len(shape) == 3 else 4096))
-        starts = range(0, len(generators), chunk)
-        null = self.clip.null_text if self.clip is not None and cond.text is not None else None
-        parts = []
-        with tqdm(
-            total=config.steps * len(starts),
-            desc=stage.name,
-            disable=not opts.progress,
-            leave=False,
-        ) as bar:
-            for start in starts:
-                rows = slice(start, start + chunk)
-                parts.append(
-                    sample(
-                        stage.diffusion,
-                        network,
-                        cond.rows(rows),
-                        shape,
-                        config,
-                        generators[rows],
-                        null_text=null,
-                        dtype=self.dtype,
-                        on_step=bar.update,
-                    )
-                )
-        return torch.cat(parts)
+        return stage.draw(
+            cond,
+            shape,
+            opts.sampling(stage),
+            generators,
+            null_text=self.clip.null_text if self.clip and cond.text else None,
+            dtype=self.dtype,
+            tile=opts.tile,
+            progress=opts.progress,
+        )
 
     def _best(
         self,
@@ -316,27 +263,31 @@ class UnCLIP:
         if opts.candidates > 1 and text is None:
             raise ConfigError("candidates are ranked against a caption, and there is none")
         seeds = range(seed, seed + count)
-        own = [torch.Generator().manual_seed(s) for s in seeds]
-        rounds = [make(own)]
+        rounds = [make([torch.Generator().manual_seed(s) for s in seeds])]
         for j in range(1, opts.candidates):
             rounds.append(make([randomness.generator(s, "candidate", j) for s in seeds]))
         if len(rounds) == 1 or text is None:
             return rounds[0]
-        scores = torch.stack(
-            [cosine_similarity(self.encode_image(r).float(), text.embed.float()) for r in rounds]
-        )
-        return [rounds[int(j)][k] for k, j in enumerate(scores.argmax(0))]
+        z_text = text.embed.float()
+        scores = [cosine_similarity(self.encode_image(r).float(), z_text) for r in rounds]
+        best = torch.stack(scores).argmax(0).tolist()  # of (candidates, B)
+        return [rounds[j][k] for k, j in enumerate(best)]
 
-    def _check(self, opts: Options) -> None:
+    def _check(self, opts: Options, n: int) -> None:
+        self._need("decoder", "pictures")
+        if n < 1:
+            raise ConfigError(f"n = {n}: must be at least 1")
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
-        names = [stage.name for stage in self.stages]
-        for value in (opts.steps, opts.guidance, opts.sampler):
-            for name in value if isinstance(value, dict) else ():
-                if name not in names:
-                    raise ConfigError(f"no stage {name!r} in this model; it has {names}")
-        for stage in self.stages:
-            opts.sampling(stage)
+        opts.check(self.stages)
+
+    def _route(self, low: int, high: int) -> list[Stage] | None:
+        """The upsamplers that lead from pictures of `low` pixels to `high`; None if none do."""
+        if low == high:
+            return []
+        last = next((s for s in self.upsamplers if s.network.config.high == high), None)
+        before = None if last is None else self._route(low, last.network.config.low)
+        return None if last is None or before is None else [*before, last]
 
     def _clip(self) -> FrozenCLIP:
         if self.clip is None:
@@ -350,20 +301,21 @@ class UnCLIP:
         return stage
 
 
-def _options(given: dict[str, Any]) -> Options:
-    names = [field.name for field in fields(Options)]
-    for name in given:
-        if name not in names:
-            raise ConfigError(f"unknown option {name!r}; options are {', '.join(names)}")
-    opts = Options(**given)
-    for name in ("prior_candidates", "candidates"):
-        if getattr(opts, name) < 1:
-            raise ConfigError(f"{name} = {getattr(opts, name)}: must be at least 1")
-    return opts
-
-
 def _list(prompts: str | Sequence[str]) -> list[str]:
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ConfigError("no prompts; for a picture of nothing in particular the prompt is ''")
+    return prompts
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """RGB, padded to a square on white, which must not be larger than a picture may be."""
+    if max(image.size) ** 2 > MAX_PIXELS:
+        raise DataError(
+            f"a picture of {image.width} x {image.height} padded to a square has more pixels than "
+            f"the limit of {MAX_PIXELS:,}; scale it down first"
+        )
+    return pad_to_square(to_rgb(image))
 
 
 def _candidates(own: torch.Generator, count: int) -> list[torch.Generator]:

@@ -33,9 +33,7 @@ def normal(seed: int, purpose: str, ids: Sequence[int] | Tensor, shape: Sequence
 
 def uniform(seed: int, purpose: str, ids: Sequence[int] | Tensor) -> Tensor:
     """One number from [0, 1) for each id. **Shapes**: ids (B,) → (B,), float32 on the CPU."""
-    return torch.stack(
-        [torch.rand((), generator=generator(seed, purpose, int(i))) for i in ids]
-    )
+    return torch.stack([torch.rand((), generator=generator(seed, purpose, int(i))) for i in ids])
 
 
 def integers(seed: int, purpose: str, ids: Sequence[int] | Tensor, high: int) -> Tensor:

@@ -47,21 +47,6 @@ class ClipConfig(Config):
     quick_gelu: bool = False
 
 
-class PreprocessConfig(Config):
-    """How a picture is brought to the tower's size and range, in open_clip's words."""
-
-    size: int
-    mean: list[float] = [0.48145466, 0.4578275, 0.40821073]
-    std: list[float] = [0.26862954, 0.26130258, 0.27577711]
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-
-    def describe(self) -> str:
-        """One line for fingerprints; equal lines mean equal preprocessing."""
-        numbers = " ".join(f"{value:.4f}" for value in [*self.mean, *self.std])
-        return f"{self.resize_mode} {self.size} {self.interpolation} {numbers}"
-
-
 def build_clip(config: ClipConfig) -> nn.Module:
     """open_clip's CLIP with random weights, in training mode."""
     from open_clip.model import CLIP

@@ -89,7 +89,7 @@ def _random_blur(x: Tensor, ratio: float, strength: float, g: torch.Generator) -
         sigma = strength * (2 + 0.2 * ratio) / 4 * _uniform(g)
         variances = torch.tensor([sigma**2, sigma**2])
     else:
-        variances = strength * (4 + ratio) / 4 * torch.rand(2, generator=g)
+        variances = strength**2 * (4 + ratio) / 4 * torch.rand(2, generator=g)
     variances = variances + 1e-3  # a width of nought has no inverse; this blurs nothing
     axes = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     radius = min(10, math.ceil(3 * float(variances.max().sqrt())))

@@ -15,6 +15,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -228,7 +229,12 @@ def rasterise(data: bytes, resolution: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
             return np.asarray(fit_square(to_rgb(image), resolution))
     render, usvg = _resvg()
-    tree = usvg.Tree.from_str(data.decode("utf-8"), usvg.Options.default())
+    try:
+        tree = usvg.Tree.from_str(data.decode("utf-8"), usvg.Options.default())
+    except BaseException as error:  # a panic of resvg is no Exception and would kill a worker
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"a drawing is not valid SVG: {error}") from None
     width, height = tree.int_size()
     scale = resolution / max(width, height)
     left, top = (resolution - scale * width) / 2, (resolution - scale * height) / 2
@@ -271,14 +277,18 @@ def _job(job: tuple[bytes, int]) -> np.ndarray:
 def _map(
     function: Callable[[tuple[bytes, int]], np.ndarray], jobs: Iterable[tuple[bytes, int]]
 ) -> Iterator[np.ndarray]:
-    """`map` over a process pool where there are cores and processes can be forked."""
+    """`map` over a process pool where there are cores and processes can be forked.
+
+    An executor and not a `multiprocessing.Pool`, which waits for ever when a worker dies.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     daemon = multiprocessing.current_process().daemon  # a loader's worker may not have children
     if cores < 2 or daemon or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(function, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(min(cores, 16)) as pool:
-        yield from pool.imap(function, jobs, chunksize=16)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(cores, 16), mp_context=context) as pool:
+        yield from pool.map(function, jobs, chunksize=16)
 
 
 @contextmanager

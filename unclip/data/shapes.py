@@ -132,6 +132,7 @@ def _draw_scene(generator: torch.Generator, pair: bool) -> Scene:
         x, y = ((2 * torch.rand(2, generator=generator) - 1) * JITTER).tolist()
         return x, y
 
+    places: tuple[str, ...]
     if pair:
         places = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
         order = torch.randperm(len(PALETTE), generator=generator)[:2].tolist()  # two colours
@@ -248,10 +249,11 @@ def _unmix(image: Tensor) -> tuple[Tensor, Tensor]:
 
 def _regions(mask: Tensor, least: float) -> list[Tensor]:
     """Connected parts (8 neighbours) of at least so many pixels. **Shapes**: each (H, W) bool."""
-    numbers = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64).view(mask.shape)
-    labels = numbers * mask
+    labels = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
     while True:  # the largest number spreads through each part
         spread = F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * mask
+        # A label is also the (one-based) pixel it came from, which may know a larger one by now.
+        spread[mask] = spread.flatten()[spread[mask].long() - 1]
         if torch.equal(spread, labels):
             break
         labels = spread

@@ -18,10 +18,15 @@ from unclip.models.unet import UNet, UNetConfig
 
 
 class UpsamplerConfig(Config):
-    """From `low` to `high` pixels a side; the U-Net is purely convolutional."""
+    """From `low` to `high` pixels a side; the U-Net is purely convolutional.
+
+    `residual`: the U-Net predicts what the resized low-resolution picture lacks (target x0 only),
+    so that training begins at bicubic quality.
+    """
 
     low: int = Field(gt=0)
     high: int = Field(gt=0)
+    residual: bool = False
     unet: UNetConfig
 
     @model_validator(mode="after")
@@ -61,5 +66,7 @@ class Upsampler(nn.Module):
             got = "none" if cond.low_res is None else tuple(cond.low_res.shape)
             raise ValueError(f"cond.low_res must be resized to x_t, {tuple(x_t.shape)}; got {got}")
         emb = self.time(t)  # (B, E)
-        x = torch.cat([x_t, cond.low_res.to(x_t.dtype)], dim=1)  # (B, 6, H, W)
-        return self.unet(x.to(emb.dtype), emb, None).to(x_t.dtype)
+        low_res = cond.low_res.to(x_t.dtype)
+        x = torch.cat([x_t, low_res], dim=1)  # (B, 6, H, W)
+        out = self.unet(x.to(emb.dtype), emb, None).to(x_t.dtype)
+        return out + low_res if self.config.residual else out

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -131,116 +132,123 @@ def fit(
     )
     if newest is not None:
         log.say(f"resumed from {newest}")
+    trainer = _Trainer(task, wrapped, config, state, log, accelerator)
     try:
         with stop_signal() as stopped:
-            newest = _loop(task, wrapped, batches, config, state, accelerator, log, stopped, newest)
+            trainer.train(batches, stopped)
     finally:
         log.close()
         # Take accelerate's autocast wrapper off the model's forward again.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    return newest
-
-
-def _loop(
-    task: Task,
-    wrapped: nn.Module,
-    batches: Callable[[int], Iterator[Batch]],
-    config: TrainConfig,
-    state: TrainState,
-    accelerator: Accelerator,
-    log: RunLog,
-    stopped: threading.Event,
-    newest: Path | None,
-) -> Path:
-    run = Path(config.out)
-    main = accelerator.is_main_process
-    if state.step == 0 and main:
-        _preview(task, state, run)
-    stream = batches(state.step)
-    params = [p for p in task.model.parameters() if p.requires_grad]
-    skipped_in_a_row = 0
-    while state.step < config.steps:
-        lr = learning_rate(state.step, config)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        entries, wait = _backward(task, wrapped, stream, config, state.step, accelerator)
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        finite = entries["loss"].isfinite() & norm.isfinite()
-        skip, stop = _any_rank(~finite, stopped.is_set(), accelerator)
-        if not skip:
-            if config.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(params, config.clip_grad, norm)
-            state.optimizer.step()
-            state.ema.update(state.step)
-        state.optimizer.zero_grad()
-        state.step += 1
-        skipped_in_a_row = skipped_in_a_row + 1 if skip else 0
-        log.add(entries, wait, skip)
-        last = stop or state.step == config.steps
-        if skipped_in_a_row == MAX_SKIPPED:
-            raise DivergedError(
-                f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, up to step "
-                f"{state.step}; lower train.lr, raise train.warmup, or use train.precision=fp32"
-            )
-        if state.step % config.log_every == 0 or last:
-            log.write(state.step, float(norm), lr)
-        with log.untimed():
-            if state.step % config.save_every == 0 or last:
-                newest = run / "checkpoints" / f"step-{state.step}"
-                if main:
-                    save_checkpoint(run, task, state, config.keep)
-                accelerator.wait_for_everyone()
-            if main and (state.step % config.sample_every == 0 or state.step == config.steps):
-                _preview(task, state, run)
-        if stop:
-            log.say(f"stopped at step {state.step}; the same command continues from there")
-            break
     accelerator.wait_for_everyone()
-    assert newest is not None
-    return newest
+    saved = trainer.saved or newest
+    assert saved is not None, "steps >= 1 always ends in a checkpoint"
+    return saved
 
 
-def _backward(
-    task: Task,
-    wrapped: nn.Module,
-    stream: Iterator[Batch],
-    config: TrainConfig,
-    step: int,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], float]:
-    """Gradients of one global batch; this process's mean entries and its wait for data."""
-    sums: dict[str, Tensor] = {}
-    wait = 0.0
-    for micro in range(config.accumulate):
-        since = time.perf_counter()
-        batch = next(stream).to(accelerator.device)
-        wait += time.perf_counter() - since
-        # Only dropout draws from the default generator.
-        rank = accelerator.process_index
-        torch.manual_seed(generator(config.seed, "dropout", step, micro, rank).initial_seed())
-        more = micro < config.accumulate - 1
-        with accelerator.no_sync(wrapped) if more else nullcontext():
-            values = {k: v.mean() for k, v in task.loss(wrapped, batch, step).items()}
-            accelerator.backward(values["loss"] / config.accumulate)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
-    return sums, wait
+@dataclass
+class _Trainer:
+    """The loop and what it works on; `wrapped` is the model as this process calls it."""
 
+    task: Task
+    wrapped: nn.Module
+    config: TrainConfig
+    state: TrainState
+    log: RunLog
+    accelerator: Accelerator
+    saved: Path | None = None
 
-def _any_rank(skip: Tensor, stop: bool, accelerator: Accelerator) -> tuple[bool, bool]:
-    """Both flags, true everywhere if true on any process."""
-    flags = torch.stack([skip, torch.tensor(stop, device=skip.device)]).int()
-    if accelerator.num_processes > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags[0]), bool(flags[1])
+    def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
+        """Steps up to `config.steps`, or to the first one after `stopped` is set."""
+        config, state = self.config, self.state
+        if state.step == 0:
+            self._preview()
+        stream = batches(state.step)
+        skipped_in_a_row = 0
+        while state.step < config.steps:
+            lr = learning_rate(state.step, config)
+            entries, wait = self._backward(stream)
+            norm, skipped, stop = self._update(entries["loss"], lr, stopped.is_set())
+            state.step += 1
+            self.log.add(entries, wait, skipped)
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise DivergedError(
+                    f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, up to "
+                    f"step {state.step}; lower train.lr, raise train.warmup, or use "
+                    "train.precision=fp32"
+                )
+            done = state.step == config.steps
+            if state.step % config.log_every == 0 or done or stop:
+                self.log.write(state.step, float(norm), lr)
+            with self.log.untimed():
+                if state.step % config.save_every == 0 or done or stop:
+                    self._save()
+                if state.step % config.sample_every == 0 or done:
+                    self._preview()
+            if stop and not done:
+                self.log.say(f"stopped at step {state.step}; the same command continues from here")
+                return
 
+    def _backward(self, stream: Iterator[Batch]) -> tuple[dict[str, Tensor], float]:
+        """Gradients of one global batch; this process's mean entries and its wait for data."""
+        config, step, rank = self.config, self.state.step, self.accelerator.process_index
+        sums: dict[str, Tensor] = {}
+        wait = 0.0
+        for micro in range(config.accumulate):
+            since = time.perf_counter()
+            batch = next(stream).to(self.accelerator.device)
+            wait += time.perf_counter() - since
+            # Only dropout draws from the default generator.
+            torch.manual_seed(generator(config.seed, "dropout", step, micro, rank).initial_seed())
+            more = micro < config.accumulate - 1  # processes exchange gradients once a step
+            with self.accelerator.no_sync(self.wrapped) if more else nullcontext():
+                losses = self.task.loss(self.wrapped, batch, step)
+                means = {name: values.mean() for name, values in losses.items()}
+                self.accelerator.backward(means["loss"] / config.accumulate)
+            for name, value in means.items():
+                sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+        return sums, wait
 
-def _preview(task: Task, state: TrainState, run: Path) -> None:
-    """Save samples/step-N.png from the averaged weights; weights and randomness stay."""
-    device = next(state.model.parameters()).device
-    fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with fork, torch.no_grad(), state.ema.swapped(state.model) as averaged:
-        image = task.preview(averaged)
-    if image is not None:
-        (run / "samples").mkdir(exist_ok=True)
-        image.save(run / "samples" / f"step-{state.step}.png")
+    def _update(self, loss: Tensor, lr: float, stop: bool) -> tuple[Tensor, bool, bool]:
+        """One optimizer step, unless loss or gradients are not finite on any process.
+
+        The gradients' norm; whether the step was skipped; whether any process was told to stop.
+        """
+        optimizer = self.state.optimizer
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        finite = loss.isfinite() & norm.isfinite()
+        flags = torch.stack([~finite, torch.tensor(stop, device=finite.device)]).int()
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        skipped, stop = (bool(flag) for flag in flags.tolist())
+        if not skipped:
+            if self.config.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            self.state.ema.update(self.state.step)
+        optimizer.zero_grad()
+        return norm, skipped, stop
+
+    def _save(self) -> None:
+        run = Path(self.config.out)
+        if self.accelerator.is_main_process:
+            save_checkpoint(run, self.task, self.state, self.config.keep)
+        self.accelerator.wait_for_everyone()
+        self.saved = run / "checkpoints" / f"step-{self.state.step}"
+
+    def _preview(self) -> None:
+        """Write samples/step-N.png from the averaged weights; randomness stays as it is."""
+        if not self.accelerator.is_main_process:
+            return
+        device = self.accelerator.device
+        fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
+            image = self.task.preview(averaged)
+        if image is not None:
+            folder = Path(self.config.out) / "samples"
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"step-{self.state.step}.png")

@@ -21,7 +21,7 @@ class RunLog:
 
     A line holds step and images (both counted from the start of training), the mean of every loss
     entry over all processes, grad_norm and lr of its last step, images_per_second, data_wait (the
-    share of time spent waiting for data), and skipped (steps left out as non-finite).
+    share of time spent waiting for data), skipped (steps left out as non-finite), and processes.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class RunLog:
             "images_per_second": self._steps * self.batch / seconds,
             "data_wait": self._wait / seconds,
             "skipped": self._skipped,
+            "processes": self.accelerator.num_processes,
         }
         self._clear()
         if self._bar is None:

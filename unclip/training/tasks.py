@@ -103,6 +103,8 @@ class UpsamplerRun(Config):
             )
         if self.diffusion.learned_variance:
             raise ValueError("diffusion.learned_variance must be false for an upsampler")
+        if self.model.residual and self.diffusion.target != "x0":
+            raise ValueError("model.residual needs diffusion.target = x0")
         return self
 
 

@@ -1,0 +1,6 @@
+"""Sample from the shell: `python sample.py text "a red apple"`; see unclip/cli.py."""
+
+from unclip.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""FrozenCLIP against open_clip and transformers, its files, and its identity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unclip.clip import (
+    PROBE_TEXTS,
+    FrozenCLIP,
+    check_same_encoder,
+)
+from unclip.data.images import to_pil
+from unclip.errors import CheckpointError, ConfigError
+from unclip.preprocessing import PreprocessConfig
+from unclip.towers import (
+    BPE_IDS,
+    END,
+    START,
+    BpeTokenizer,
+    ClipConfig,
+    OpenClipTowers,
+    TextConfig,
+    VisionConfig,
+    build_clip,
+    vocabulary_of,
+)
+
+CAPTIONS = ["a red apple", "", "Two dogs, playing in the SNOW!", "word " * 60]
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def small_config(context: int = 16, vocab_size: int = BPE_IDS) -> ClipConfig:
+    return ClipConfig(
+        embed_dim=16,
+        vision_cfg=VisionConfig(image_size=32, patch_size=8, layers=2, width=32, head_width=16),
+        text_cfg=TextConfig(
+            context_length=context, vocab_size=vocab_size, width=24, heads=2, layers=2
+        ),
+    )
+
+
+def small_clip(
+    seed: int = 0, vocabulary: list[int] | None = None, name: str = "tiny"
+) -> FrozenCLIP:
+    torch.manual_seed(seed)
+    rows = BPE_IDS if vocabulary is None else len(vocabulary) + 1
+    config = small_config(vocab_size=rows)
+    model = build_clip(config)
+    with torch.no_grad():  # open_clip starts near zero; make the captions matter
+        model.token_embedding.weight.mul_(50)
+    towers = OpenClipTowers(model, BpeTokenizer(16, vocabulary), config)
+    return FrozenCLIP(towers, PreprocessConfig(size=32), name)
+
+
+def pictures(n: int = 2, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(n, 3, size, size, generator=generator) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random CLIP with CLIP's own byte-pair vocabulary, as transformers writes it."""
+    from open_clip.tokenizer import _tokenizer
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    shared = {"intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        projection_dim=16,
+        text_config={
+            **shared,
+            "hidden_size": 24,
+            "intermediate_size": 96,
+            "max_position_embeddings": 16,
+            "vocab_size": BPE_IDS,
+            "bos_token_id": START,
+            "eos_token_id": END,
+            "hidden_act": "gelu",
+        },
+        vision_config={
+            **shared,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_act": "gelu",
+        },
+    )
+    CLIPModel(config).save_pretrained(folder)
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(token, token): i for token, i in _tokenizer.encoder.items()}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=list(_tokenizer.bpe_ranks))
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 32}, "crop_size": 32, "resample": 3})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers_folder: Path) -> FrozenCLIP:
+    return FrozenCLIP.load(str(transformers_folder))
+
+
+def as_open_clip(folder: Path) -> FrozenCLIP:
+    """The same tower with its weights carried over to open_clip's names."""
+    from safetensors.torch import load_file
+
+    theirs = load_file(folder / "model.safetensors")
+    model = build_clip(small_config())
+    state = {
+        "visual.class_embedding": theirs["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": theirs["vision_model.embeddings.position_embedding.weight"],
+        "visual.conv1.weight": theirs["vision_model.embeddings.patch_embedding.weight"],
+        "visual.proj": theirs["visual_projection.weight"].T,
+        "positional_embedding": theirs["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
+        "text_projection": theirs["text_projection.weight"].T,
+        "logit_scale": theirs["logit_scale"],
+    }
+    norms = {
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "ln_final": "text_model.final_layer_norm",
+    }
+    for tower, prefix in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
+        for i in range(2):
+            block, layer = f"{tower}.resblocks.{i}", f"{prefix}.encoder.layers.{i}"
+            norms |= {f"{block}.ln_{k}": f"{layer}.layer_norm{k}" for k in (1, 2)}
+            norms |= {f"{block}.mlp.c_fc": f"{layer}.mlp.fc1"}
+            norms |= {f"{block}.mlp.c_proj": f"{layer}.mlp.fc2"}
+            norms |= {f"{block}.attn.out_proj": f"{layer}.self_attn.out_proj"}
+            for part in ("weight", "bias"):
+                qkv = [theirs[f"{layer}.self_attn.{x}_proj.{part}"] for x in "qkv"]
+                state[f"{block}.attn.in_proj_{part}"] = torch.cat(qkv)
+    for ours, other in norms.items():
+        for part in ("weight", "bias"):
+            state[f"{ours}.{part}"] = theirs[f"{other}.{part}"]
+    model.load_state_dict(state)
+    config = small_config()
+    return FrozenCLIP(
+        OpenClipTowers(model, BpeTokenizer(16), config), PreprocessConfig(size=32), "copy"
+    )
+
+
+def test_embeddings_are_open_clips() -> None:
+    """Both towers equal a direct call of open_clip on its own preprocessing and tokens."""
+    from open_clip.tokenizer import tokenize
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    clip = small_clip()
+    model = clip.towers.model
+    image = to_pil(pictures(1, 50)[0]).crop((0, 0, 50, 40))
+    pixels = image_transform_v2(PreprocessCfg(size=32), is_train=False)(image)[None]
+    torch.testing.assert_close(clip.encode_pil([image]), model.encode_image(pixels), **EXACT)
+    ids = tokenize(CAPTIONS, context_length=16)
+    torch.testing.assert_close(clip.encode_text(CAPTIONS).embed, model.encode_text(ids), **EXACT)
+
+
+def test_embeddings_are_transformers(transformers_folder: Path, theirs: FrozenCLIP) -> None:
+    """A transformers folder gives what transformers' own model gives."""
+    from transformers import CLIPModel
+
+    clip = theirs
+    model = CLIPModel.from_pretrained(transformers_folder).eval()
+    ids, mask = clip.towers.tokenizer(CAPTIONS)
+    text = model.get_text_features(input_ids=ids, attention_mask=mask.long())
+    encoding = clip.encode_text(CAPTIONS)
+    torch.testing.assert_close(encoding.embed, text.pooler_output, **EXACT)
+    torch.testing.assert_close(encoding.tokens[mask], text.last_hidden_state[mask], **EXACT)
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (clip.preprocess.mean, clip.preprocess.std)
+    )
+    pixels = ((pictures() + 1) / 2 - mean) / std
+    image = model.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(clip.encode_image(pictures()), image, **EXACT)
+
+
+def test_one_tower_in_two_formats_is_one_encoder(
+    transformers_folder: Path, theirs: FrozenCLIP
+) -> None:
+    ours = as_open_clip(transformers_folder)
+    check_same_encoder(theirs.fingerprint, ours.fingerprint, "test")
+    a, b = theirs.encode_text(CAPTIONS), ours.encode_text(CAPTIONS)
+    assert torch.equal(a.mask, b.mask)
+    torch.testing.assert_close(a.tokens[a.mask], b.tokens[b.mask], **EXACT)
+    torch.testing.assert_close(a.embed, b.embed, **EXACT)
+
+
+def test_stage_of_a_transformers_encoder_loads_equal(theirs: FrozenCLIP, tmp_path: Path) -> None:
+    clip = theirs
+    clip.save(tmp_path)
+    same = FrozenCLIP.load(str(tmp_path))
+    check_same_encoder(clip.fingerprint, same.fingerprint, "test")
+    assert torch.equal(same.encode_text(CAPTIONS).embed, clip.encode_text(CAPTIONS).embed)
+    assert torch.equal(same.encode_image(pictures()), clip.encode_image(pictures()))
+
+
+@pytest.mark.parametrize("vocabulary", [None, vocabulary_of(["a red apple"], 16)])
+@pytest.mark.parametrize("inside", ["", "clip"])
+def test_saved_encoder_loads_equal(
+    tmp_path: Path, vocabulary: list[int] | None, inside: str
+) -> None:
+    clip = small_clip(vocabulary=vocabulary)
+    clip.save(tmp_path)
+    same = FrozenCLIP.load(str(tmp_path / inside))
+    assert torch.equal(same.encode_text(CAPTIONS).embed, clip.encode_text(CAPTIONS).embed)
+    assert torch.equal(same.encode_image(pictures()), clip.encode_image(pictures()))
+    assert same.fingerprint == clip.fingerprint
+    assert (same.width, same.text_width, same.context, same.image_size) == (16, 24, 16, 32)
+
+
+def test_open_clip_name_with_a_weights_file(tmp_path: Path) -> None:
+    """The name gives the architecture and the preprocessing; pickles are refused."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    config = small_config().model_dump()
+    (tmp_path / "tiny-for-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-for-test.json")
+    model = small_clip().towers.model
+    file = tmp_path / "weights.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    clip = FrozenCLIP.load(f"tiny-for-test/{file}")
+    assert (clip.width, clip.context, clip.image_size) == (16, 16, 32)
+    assert not clip.towers.model.training  # open_clip hands models out in training mode
+    check_same_encoder(clip.fingerprint, small_clip().fingerprint, "test")
+    clip.save(tmp_path / "folder")
+    same = FrozenCLIP.load(str(tmp_path / "folder"))
+    check_same_encoder(clip.fingerprint, same.fingerprint, "test")
+    pickle = tmp_path / "weights.pt"
+    torch.save({}, pickle)
+    with pytest.raises(CheckpointError, match=r"only \.safetensors"):
+        FrozenCLIP.load(f"tiny-for-test/{pickle}")
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "ViT-B-32", "ViT-B-32/no_such_tag"])
+def test_unknown_sources_are_refused_by_name(source: str) -> None:
+    with pytest.raises(ConfigError, match=source.split("/")[-1]):
+        FrozenCLIP.load(source)
+
+
+def test_half_precision_is_the_same_encoder(tmp_path: Path) -> None:
+    clip = small_clip()
+    clip.save(tmp_path)
+    half = FrozenCLIP.load(str(tmp_path), dtype=torch.float16)
+    assert half.encode_text(["a"]).embed.dtype == half.encode_image(pictures()).dtype == half.dtype
+    assert half.dtype == torch.float16
+    check_same_encoder(clip.fingerprint, half.fingerprint, "test")
+
+
+def test_another_encoder_is_refused_with_both_names() -> None:
+    a, b = small_clip(0, name="first").fingerprint, small_clip(1, name="second").fingerprint
+    with pytest.raises(CheckpointError, match=r"the prior: 'first' and 'second'.*cosine"):
+        check_same_encoder(a, b, "the prior")
+    other = a.model_copy(update={"preprocessing": "shortest 48", "name": "resized"})
+    with pytest.raises(CheckpointError, match=r"preprocessing"):
+        check_same_encoder(a, other, "the prior")
+
+
+def test_null_text_is_the_encoded_empty_string() -> None:
+    clip = small_clip()
+    null, empty = clip.null_text, clip.encode_text([""])
+    assert all(torch.equal(a, b) for a, b in zip(null, empty, strict=True))
+    assert null.mask.sum() == 2  # the start and the end
+
+
+def test_mask_is_true_for_real_tokens() -> None:
+    mask = small_clip().encode_text(CAPTIONS).mask
+    assert mask.sum(1).tolist() == [5, 2, 10, 16]
+    assert torch.equal(mask, mask.cummin(1).values)  # real tokens come first
+
+
+def test_padding_does_not_change_embeddings() -> None:
+    """Other ids in the padding leave embeddings and real token states as they are."""
+    clip = small_clip()
+    ids, mask = clip.towers.tokenizer(CAPTIONS)
+    tokens, embed = clip.towers.encode_text(ids, mask)
+    other_tokens, other_embed = clip.towers.encode_text(ids.masked_fill(~mask, 7), mask)
+    torch.testing.assert_close(other_embed, embed, **EXACT)
+    torch.testing.assert_close(other_tokens[mask], tokens[mask], **EXACT)
+
+
+def test_reduced_vocabulary_equals_the_full_table() -> None:
+    """Spreading the small table by `rows` gives an ordinary CLIP with the same embeddings."""
+    vocabulary = vocabulary_of(["a red apple", "two dogs playing"], 16)
+    clip = small_clip(vocabulary=vocabulary)
+    small = clip.towers.tokenizer
+    full = build_clip(small_config())
+    state = dict(clip.towers.model.state_dict())
+    state["token_embedding.weight"] = state["token_embedding.weight"][small.rows]
+    full.load_state_dict(state)
+    same = FrozenCLIP(OpenClipTowers(full, BpeTokenizer(16)), clip.preprocess, "full")
+    torch.testing.assert_close(
+        same.encode_text(CAPTIONS).embed, clip.encode_text(CAPTIONS).embed, **EXACT
+    )
+    check_same_encoder(clip.fingerprint, same.fingerprint, "test")
+
+
+def test_captions_and_pictures_change_their_embeddings() -> None:
+    clip = small_clip()
+    embed = F.normalize(clip.encode_text(list(PROBE_TEXTS)).embed, dim=-1)
+    assert (embed @ embed.T).fill_diagonal_(0).max() < 0.99
+    x = pictures()
+    assert not torch.allclose(clip.encode_image(x), clip.encode_image(-x))
+
+
+def test_tensor_and_pil_preprocessing_agree() -> None:
+    """Resizing tensors and resizing with PIL differ by the 8-bit rounding only."""
+    clip = small_clip()
+    image = Image.effect_mandelbrot((60, 90), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    from unclip.data.images import to_tensor
+
+    a, b = clip.encode_pil([image]), clip.encode_image(to_tensor(image)[None])
+    assert F.cosine_similarity(a, b).item() > 0.999
+
+
+def test_encoder_stays_frozen() -> None:
+    clip = small_clip().train()
+    assert not clip.training and not any(module.training for module in clip.modules())
+    assert not any(p.requires_grad for p in clip.parameters())
+    assert not clip.encode_image(pictures()).requires_grad
+
+
+def test_damaged_stage_is_refused(tmp_path: Path) -> None:
+    small_clip().save(tmp_path)
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        FrozenCLIP.load(str(tmp_path))

@@ -1,0 +1,124 @@
+"""Pictures in and out: what is accepted, what is refused, and the units."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from unclip.data import images
+from unclip.errors import DataError
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0")), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("side", [8_001, 10_000, 30_000])
+def test_a_huge_picture_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    path = tmp_path / "huge.png"
+    path.write_bytes(_png_header(side, side))
+
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
+    with pytest.raises(DataError, match=r"huge\.png.*limit of 64,000,000"):
+        images.load_image(path)
+
+
+def test_transparent_parts_become_white_in_every_mode() -> None:
+    rgba = Image.new("RGBA", (2, 1))
+    rgba.putpixel((1, 0), (255, 0, 0, 128))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([10, 20, 30])
+    palette.info["transparency"] = 0
+    assert images.to_rgb(rgba).getpixel((0, 0)) == (255, 255, 255)
+    assert images.to_rgb(rgba).getpixel((1, 0)) == (255, 127, 127)
+    assert images.to_rgb(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert images.to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bit_grey_keeps_its_brightness() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 128 * 257, np.uint16)).save(file, "PNG")
+    file.seek(0)
+    assert images.load_image(file, "grey").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_damaged_picture_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    assert images.load_image(path).size == (64, 64)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=name):
+        images.load_image(path)
+
+
+def test_other_formats_and_absent_files_are_errors(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.gif")
+    with pytest.raises(DataError, match="not a JPEG, PNG or WebP"):
+        images.load_image(tmp_path / "a.gif")
+    with pytest.raises(DataError, match="no picture at"):
+        images.load_image(tmp_path / "b.png")
+
+
+def test_a_turned_photograph_comes_out_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned a quarter
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    assert images.load_image(tmp_path / "a.jpg").size == (2, 4)
+
+
+def test_tensors_and_pictures_convert_back_and_forth_exactly() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(images.to_uint8(images.from_uint8(every)), every)
+    assert images.from_uint8(every).aminmax() == (-1, 1)
+    picture = Image.fromarray(every.repeat(4).reshape(16, 64).numpy()).convert("RGB")
+    assert np.array_equal(np.asarray(images.to_pil(images.to_tensor(picture))), np.asarray(picture))
+    assert images.to_tensor(picture).shape == (3, 16, 64)
+
+
+def test_padding_centres_on_white() -> None:
+    square = images.pad_to_square(Image.new("RGB", (6, 2)))
+    assert square.size == (6, 6)
+    column = [square.getpixel((3, y)) for y in range(6)]
+    assert column == [(255,) * 3] * 2 + [(0,) * 3] * 2 + [(255,) * 3] * 2
+
+
+def test_psnr_and_gradient_energy_match_their_formulas() -> None:
+    a = torch.zeros(2, 3, 8, 8)
+    b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+    torch.testing.assert_close(images.psnr(a, b), torch.tensor([20.0, 40.0]))
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 4
+    torch.testing.assert_close(images.gradient_energy(ramp), torch.tensor([1 / 16]))
+
+
+def test_resize_keeps_the_mean_and_a_grid_holds_every_picture() -> None:
+    x = torch.rand(2, 3, 32, 32)
+    small = images.resize(x, 8)
+    assert small.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(small.mean(), x.mean(), atol=0.02, rtol=0)
+    assert images.resize(x, 32) is x
+    pictures = [Image.new("RGB", (10, 10), (k, 0, 0)) for k in range(5)]
+    sheet = images.grid(pictures, 3, ["a caption that is long"] * 5)
+    assert sheet.size == (3 * 14 + 4, 2 * 44 + 4)
+    assert sheet.getpixel((4 + 14 + 5, 4 + 44 + 5)) == (4, 0, 0)

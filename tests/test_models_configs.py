@@ -1,0 +1,95 @@
+"""The large configurations load, and their networks have the published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from unclip.config import Config, load_config
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
+from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STAGES: dict[str, tuple[type[Config], type[nn.Module]]] = {
+    "prior": (PriorRun, DiffusionPrior),
+    "decoder": (DecoderRun, Decoder),
+    "upsampler": (UpsamplerRun, Upsampler),
+}
+
+
+def build(path: str) -> tuple[Any, Any]:
+    schema, network = STAGES[Path(path).stem.split("_")[0]]
+    run: Any = load_config(CONFIGS / path, [], schema)
+    with torch.device("meta"):
+        return run, network(run.model)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "low", "high"),
+    [
+        ("dalle2/prior.yaml", "", 1.23e9, 1.23e9),
+        ("dalle2/decoder.yaml", "unet", 2.24e9, 2.24e9),
+        ("dalle2/decoder.yaml", "", 3.5e9, 3.5e9),
+        ("dalle2/upsampler_256.yaml", "", 692e6, 692e6),
+        ("dalle2/upsampler_1024.yaml", "", 267e6, 282e6),
+    ],
+)
+def test_paper_sizes_are_reached_within_two_percent(
+    path: str, part: str, low: float, high: float
+) -> None:
+    _, model = build(path)
+    assert 0.98 * low <= parameters(model.get_submodule(part)) <= 1.02 * high
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "steps", "lr", "betas", "eps", "decay", "dropout"),
+    [
+        ("prior", 4096, 600_000, 1.1e-4, (0.9, 0.96), 1e-6, 6e-2, None),
+        ("decoder", 2048, 800_000, 1.2e-4, (0.9, 0.999), 1e-8, 0.0, 0.1),
+        ("upsampler_256", 1024, 1_000_000, 1.2e-4, (0.9, 0.999), 1e-8, 0.0, 0.1),
+        ("upsampler_1024", 512, 1_000_000, 1e-4, (0.9, 0.999), 1e-8, 0.0, 0.0),
+    ],
+)
+def test_paper_training_is_table_3(
+    name: str,
+    batch: int,
+    steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    dropout: float | None,
+) -> None:
+    run, _ = build(f"dalle2/{name}.yaml")
+    train = run.train
+    assert (train.batch, train.steps, train.lr) == (batch, steps, lr)
+    assert (tuple(train.betas), train.eps, train.weight_decay) == (betas, eps, decay)
+    assert train.ema == 0.9999
+    assert run.diffusion.steps == 1000
+    assert run.diffusion.schedule == ("linear" if name == "upsampler_1024" else "cosine")
+    if dropout is not None:
+        assert run.model.unet.dropout == dropout
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_256", "upsampler_1024"])
+def test_gpu24_headers_state_the_real_size(name: str) -> None:
+    """The memory arithmetic starts from the parameter count, and stays below 24 GB."""
+    path = f"gpu24/{name}.yaml"
+    run, model = build(path)
+    header = (CONFIGS / path).read_text(encoding="utf-8")
+    millions = parameters(model) / 1e6
+    assert f"{millions:.0f} M parameters x 20 bytes" in header
+    assert f"= {20 * millions / 1e3:.1f} GB" in header
+    assert f"micro-batches of {run.train.batch // run.train.accumulate} x" in header
+    total = float(header.split("float32 bound) = ")[1].split(": ")[1].split(" GB")[0])
+    assert 20 * millions / 1e3 < total < 22

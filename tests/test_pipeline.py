@@ -1,0 +1,330 @@
+"""The pipeline on a tiny random model: seeds, order, choices, sizes, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clip, tiny_decoder, tiny_pipeline, tiny_prior, tiny_upsampler
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
+from torch.testing import assert_close
+
+from unclip.data.images import to_tensor
+from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.options import Options
+from unclip.pipeline import UnCLIP
+from unclip.stages import CHUNK_PIXELS, chunk_size
+
+APPLE, SQUARES = "a red apple", "a blue square and two green circles"
+LEVEL = 2 / 255  # one of 256 levels: what rounding to 8 bits may cost
+
+
+def same(a: Image.Image, b: Image.Image, levels: int = 1) -> None:
+    assert a.size == b.size
+    assert_close(to_tensor(a), to_tensor(b), rtol=0, atol=1.01 * levels * LEVEL)
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    return float((to_tensor(a) - to_tensor(b)).abs().mean())
+
+
+def picture(size=(40, 40), colour="red") -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    image.paste(colour, (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    return image
+
+
+def test_picture_k_uses_seed_plus_k(pipe):
+    three = pipe.text_to_image(APPLE, n=3, seed=5, size=32)
+    same(three[2], pipe.text_to_image(APPLE, seed=7, size=32)[0])
+    assert distance(three[0], three[2]) > 0.02
+
+
+def test_prompts_come_prompt_major_and_equal_separate_calls(pipe):
+    four = pipe.text_to_image([APPLE, SQUARES], n=2, size=16)
+    same(four[1], pipe.text_to_image(APPLE, seed=1, size=16)[0])
+    same(four[2], pipe.text_to_image(SQUARES, seed=2, size=16)[0])
+    same(four[3], pipe.text_to_image(SQUARES, seed=3, size=16)[0])
+
+
+def test_chunks_do_not_change_pictures(pipe, monkeypatch):
+    whole = pipe.text_to_image(APPLE, n=3, size=16)
+    monkeypatch.setattr("unclip.stages.CHUNK_PIXELS", 2 * 16**2)
+    monkeypatch.setattr("unclip.stages.CHUNK_EMBEDDINGS", 1)
+    for a, b in zip(whole, pipe.text_to_image(APPLE, n=3, size=16), strict=True):
+        same(a, b)
+
+
+def test_the_prompt_changes_the_picture(pipe):
+    a, b = pipe.text_to_image(APPLE, size=16)[0], pipe.text_to_image(SQUARES, size=16)[0]
+    assert distance(a, b) > 0.02
+
+
+def test_an_empty_prompt_is_a_prompt(pipe):
+    assert pipe.text_to_image("", size=16)[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("option", ["guidance", "steps", "sampler"])
+def test_options_by_stage_reach_their_stage(pipe, option):
+    value = {"guidance": 5.0, "steps": 3, "sampler": "ddpm"}[option]
+    z = pipe.encode_text(APPLE)
+    plain = pipe.image_from_embedding(z, size=32)[0]
+    assert distance(plain, pipe.image_from_embedding(z, size=32, **{option: value})[0]) > 0.01
+    by_stage = pipe.image_from_embedding(z, size=32, **{option: {"decoder": value}})[0]
+    same(by_stage, pipe.image_from_embedding(z, size=32, **{option: value})[0])
+    if option != "guidance":  # an upsampler has no condition that guidance would leave out
+        later = pipe.image_from_embedding(z, size=32, **{option: {"upsampler_32": value}})[0]
+        assert distance(plain, later) > 0.01
+
+
+def test_guidance_one_is_the_conditional_model_alone(pipe):
+    calls = []
+    network = pipe.decoder.network
+    hook = network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    z = pipe.encode_text(APPLE)
+    pipe.image_from_embedding(z, size=16, guidance=1.0, steps=1)
+    pipe.image_from_embedding(z, size=16, guidance=3.0, steps=1)
+    hook.remove()
+    assert calls == [1, 2]
+
+
+def test_prior_candidates_keep_the_closest_to_the_text(pipe):
+    text = pipe.clip.encode_text([APPLE, SQUARES])
+    opts = Options(prior_candidates=1)
+    first = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    one = pipe._sample_prior(pipe.prior, text, first, opts)
+    again = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    best = pipe._sample_prior(pipe.prior, text, again, Options(prior_candidates=8))
+    before = cosine_similarity(one, text.embed)
+    after = cosine_similarity(best, text.embed)
+    assert (after >= before - 1e-5).all() and (after > before + 1e-3).any()
+
+
+def test_candidates_keep_the_best_by_clip_score(pipe):
+    z_text = pipe.encode_text(APPLE)
+
+    def score(images):
+        return cosine_similarity(pipe.encode_image(images), z_text)
+
+    one = pipe.text_to_image(APPLE, n=4, size=16)
+    best = pipe.text_to_image(APPLE, n=4, size=16, candidates=4)
+    assert (score(best) >= score(one) - 1e-4).all()
+    assert (score(best) > score(one) + 1e-4).any()
+
+
+def test_candidates_without_a_caption_are_refused(pipe):
+    with pytest.raises(ConfigError, match="caption"):
+        pipe.image_from_embedding(pipe.encode_text(APPLE), candidates=2)
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 16), (32, 32), (64, 64), (None, 64)])
+def test_size_selects_the_stages(pipe, size, side):
+    assert pipe.sizes == [16, 32, 64]
+    assert pipe.text_to_image(APPLE, size=size)[0].size == (side, side)
+
+
+def test_a_gap_between_stages_ends_the_sizes():
+    clip = tiny_clip()
+    pipe = UnCLIP(clip, None, tiny_decoder(clip), [tiny_upsampler(64)])
+    assert pipe.sizes == [16]
+    with pytest.raises(ConfigError, match=r"\[16\]"):
+        pipe.variations(picture(), size=64)
+    assert pipe.upscale(picture((40, 40))).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "expected"), [(16, None, 64), (16, 32, 32), (40, None, 64), (10, None, 64)]
+)
+def test_upscale_sizes(pipe, side, size, expected):
+    assert pipe.upscale(picture((side, side // 2)), size=size).size == (expected, expected)
+
+
+def test_upscale_takes_single_values_for_the_upsamplers(pipe):
+    image = picture((32, 32))
+    plain = pipe.upscale(image)
+    assert distance(plain, pipe.upscale(image, steps=3)) > 0.005
+    same(pipe.upscale(image, steps=3), pipe.upscale(image, steps={"upsampler_64": 3}))
+
+
+def test_upscale_refuses_to_shrink(pipe):
+    with pytest.raises(ConfigError, match="too large"):
+        pipe.upscale(picture((64, 64)))
+    with pytest.raises(ConfigError, match=r"\[64\]"):
+        pipe.upscale(picture((40, 40)), size=32)
+
+
+def test_embeddings_make_pictures_with_and_without_a_caption(pipe):
+    z = pipe.encode_image([picture(), picture(colour="blue")])
+    assert z.shape == (2, 16)
+    plain = pipe.image_from_embedding(z, n=2, size=16)
+    assert len(plain) == 4
+    same(plain[2], pipe.image_from_embedding(z[1:], seed=2, size=16)[0])
+    same(plain[0], pipe.image_from_embedding(z[:1], text="", size=16)[0])
+    captioned = pipe.image_from_embedding(z, text=[SQUARES, APPLE], n=2, size=16)
+    assert distance(plain[0], captioned[0]) > 0.005
+    same(captioned[3], pipe.image_from_embedding(z[1:], text=APPLE, seed=3, size=16)[0])
+
+
+def test_variations_depend_on_the_picture_and_on_eta(pipe):
+    a = pipe.variations(picture(), size=16)[0]
+    assert distance(a, pipe.variations(picture(colour="blue"), size=16)[0]) > 0.005
+    assert distance(a, pipe.variations(picture(), size=16, eta=0.0)[0]) > 0.005
+
+
+def test_pictures_are_padded_to_squares_on_white(pipe):
+    wide = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    white = Image.new("RGB", (40, 40), "white")
+    assert_close(pipe.encode_image(wide), pipe.encode_image(white))
+
+
+def test_a_sliver_is_refused_before_it_becomes_a_huge_square(pipe):
+    with pytest.raises(DataError, match="square"):
+        pipe.encode_image(Image.new("L", (30000, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 512}, r"\[16, 32, 64\]"),
+        ({"sampler": "euler"}, "ddpm.*ddim.*unipc"),
+        ({"steps": 0}, "decoder: steps = 0"),
+        ({"steps": 5000}, "decoder: 5000"),
+        ({"steps": {"upsampler_256": 5}}, "upsampler_256.*prior, decoder, upsampler_32"),
+        ({"guidance": float("nan")}, "finite"),
+        ({"tile": 10}, "multiple of 4"),
+        ({"n": 0}, "n = 0"),
+        ({"prior_candidates": 0}, "at least 1"),
+        ({"candidate": 2}, "unknown option 'candidate'.*candidates"),
+    ],
+)
+def test_wrong_options_are_named(pipe, options, message):
+    with pytest.raises(ConfigError, match=message):
+        pipe.text_to_image(APPLE, **options)
+
+
+def test_no_prompt_at_all_is_an_error(pipe):
+    with pytest.raises(ConfigError, match="no prompts"):
+        pipe.text_to_image([])
+
+
+def test_wrong_embeddings_are_refused(pipe):
+    with pytest.raises(ConfigError, match=r"\(N, 16\)"):
+        pipe.image_from_embedding(torch.zeros(1, 8))
+    with pytest.raises(DataError, match="finite"):
+        pipe.image_from_embedding(torch.full((1, 16), torch.nan))
+    with pytest.raises(ConfigError, match="3 captions for 2"):
+        pipe.image_from_embedding(torch.ones(2, 16), text=["a", "b", "c"])
+
+
+def test_missing_stages_are_named():
+    clip = tiny_clip()
+    decoder = tiny_decoder(clip)
+    with pytest.raises(CheckpointError, match="no prior"):
+        UnCLIP(clip, None, decoder).text_to_image(APPLE)
+    with pytest.raises(CheckpointError, match="no decoder"):
+        UnCLIP(clip, tiny_prior(clip)).text_to_image(APPLE)
+    with pytest.raises(CheckpointError, match="no CLIP encoder"):
+        UnCLIP(decoder=decoder).image_from_embedding(torch.ones(1, 16))
+    with pytest.raises(CheckpointError, match="no upsampler"):
+        UnCLIP(clip, None, decoder).upscale(picture())
+
+
+def test_stages_of_different_encoders_do_not_mix():
+    ours, other = tiny_clip(), tiny_clip(seed=1)
+    with pytest.raises(CheckpointError, match=r"tiny 0.*tiny 1"):
+        UnCLIP(ours, tiny_prior(ours), tiny_decoder(other))
+    with pytest.raises(CheckpointError, match=r"tiny 0.*tiny 1"):
+        UnCLIP(None, tiny_prior(ours), tiny_decoder(other))
+
+
+def test_save_and_load_give_the_same_pictures(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    copy = UnCLIP.from_pretrained(tmp_path / "copy")
+    same(copy.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0], levels=0)
+
+
+def test_half_precision_weights_load_as_float32_and_keep_statistics(pipe, tmp_path):
+    scale = pipe.prior.network.scale
+    pipe.save_pretrained(tmp_path / "half", torch.float16)
+    stored = load_file(tmp_path / "half" / "prior" / "model.safetensors")
+    assert stored["out.weight"].dtype == torch.float16
+    assert stored["scale.mean"].dtype == torch.float32
+    copy = UnCLIP.from_pretrained(tmp_path / "half")
+    assert {p.dtype for s in copy.stages for p in s.network.parameters()} == {torch.float32}
+    assert_close(copy.prior.network.scale.mean, scale.mean, rtol=0, atol=0)
+    assert distance(copy.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0]) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_runs_on_the_cpu_and_stays_close(pipe, model_folder, dtype):
+    low = UnCLIP.from_pretrained(model_folder, dtype=dtype)
+    assert low.clip.dtype == low.decoder.network.unet.conv_in.weight.dtype == dtype
+    assert distance(low.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0]) < 0.1
+
+
+def test_tiles_equal_the_whole_where_one_tile_covers_it(pipe):
+    image = picture((32, 32))
+    same(pipe.upscale(image, tile=64), pipe.upscale(image), levels=0)
+
+
+def test_tiles_come_close_to_the_whole(pipe):
+    image = picture((32, 32))
+    whole, tiled = pipe.upscale(image), pipe.upscale(image, tile=32)
+    other = pipe.upscale(image, seed=1)
+    assert 0 < distance(whole, tiled) < 0.5 * distance(whole, other)
+
+
+def test_a_run_of_one_stage_loads(tmp_path):
+    clip = tiny_clip()
+    tiny_decoder(clip).save(tmp_path)
+    pipe = UnCLIP.from_pretrained(tmp_path)
+    assert [stage.name for stage in pipe.stages] == ["decoder"] and pipe.clip is None
+    assert pipe.encoder == clip.fingerprint
+
+
+def test_damaged_folders_are_checkpoint_errors(model_folder, tmp_path):
+    def damaged(name, change):
+        folder = tmp_path / name
+        shutil.copytree(model_folder, folder)
+        change(folder)
+        with pytest.raises(CheckpointError) as caught:
+            UnCLIP.from_pretrained(folder)
+        return str(caught.value)
+
+    def truncate(folder):
+        path = folder / "decoder" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def rename(folder):
+        path = folder / "prior" / "config.json"
+        path.write_text(path.read_text().replace('"embed"', '"embedding"'))
+
+    def swap(folder):
+        shutil.copy(folder / "decoder" / "config.json", folder / "prior" / "config.json")
+
+    def escape(folder):
+        index = json.loads((folder / "unclip.json").read_text())
+        (folder / "unclip.json").write_text(json.dumps(index | {"stages": ["../other"]}))
+
+    assert "truncated" in damaged("truncated", truncate)
+    assert "embedding" in damaged("renamed", rename)
+    assert "kind 'decoder' in the stage 'prior'" in damaged("swapped", swap)
+    assert "../other" in damaged("escaped", escape)
+    missing = damaged("missing", lambda folder: (folder / "decoder" / "config.json").unlink())
+    assert "decoder" in missing
+
+
+def test_a_chunk_is_64_small_pictures_and_never_none():
+    assert [chunk_size(side) for side in (64, 256, 1024)] == [64, 4, 1]
+    assert chunk_size(CHUNK_PIXELS) == 1
+
+
+def test_models_are_equal_for_equal_seeds():
+    a, b = tiny_pipeline(), tiny_pipeline()
+    same(a.text_to_image(APPLE, size=16)[0], b.text_to_image(APPLE, size=16)[0], levels=0)
+    assert np.asarray(a.text_to_image(APPLE, size=16)[0]).std() > 5

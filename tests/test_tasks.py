@@ -1,0 +1,170 @@
+"""The shipped configurations, and what each diffusion stage learns from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from train.clip import ClipRun
+from unclip.clip import FrozenCLIP
+from unclip.config import load_config
+from unclip.data.dataset import batches, open_dataset
+from unclip.errors import ConfigError
+from unclip.training.tasks import (
+    DecoderRun,
+    DecoderTask,
+    PriorRun,
+    PriorTask,
+    UpsamplerRun,
+    UpsamplerTask,
+    fit_scale,
+)
+
+ROOT = Path(__file__).parents[1]
+SCHEMAS = {
+    "clip": ClipRun,
+    "judge": ClipRun,
+    "prior": PriorRun,
+    "decoder": DecoderRun,
+    "upsampler": UpsamplerRun,
+}
+CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml"))
+TINY = {
+    "decoder": [
+        "model.unet.channels=16",
+        "model.unet.head_channels=16",
+        "train.batch=4",
+        "train.warmup=0",
+    ],
+    "prior": ["model.transformer.layers=1", "train.batch=4"],
+    "upsampler_64": ["model.unet.channels=16", "train.batch=4"],
+}
+
+
+def schema(path):
+    return SCHEMAS[path.stem.split("_")[0]]
+
+
+def tiny(stage, clip, *more):
+    """The shapes configuration of a stage with a smaller network and the tests' encoder."""
+    overrides = [*TINY[stage], *more]
+    if stage != "upsampler_64":
+        overrides += [f"clip={clip}", "model.embed=32", "model.text_width=32"]
+    if stage == "prior":
+        overrides += ["model.context=16"]
+    path = ROOT / "configs" / "shapes" / f"{stage}.yaml"
+    return load_config(path, overrides, SCHEMAS[stage.split("_")[0]])
+
+
+def first_batch(run, **where):
+    dataset = open_dataset(run.data.train, run.data.resolution)
+    options = {"batch": run.train.batch, "seed": run.train.seed, "crop": run.data.crop}
+    return next(batches(dataset, **options, **where))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_shipped_configuration_loads(path):
+    load_config(ROOT / path, [], schema(path))
+
+
+def test_all_four_stacks_are_there():
+    stacks = {path.parent.name for path in CONFIGS}
+    assert stacks == {"dalle2", "gpu24", "emoji", "shapes"}
+
+
+def test_a_prior_learns_the_scaled_embedding_of_its_own_picture(tiny_clip_folder):
+    run = tiny("prior", tiny_clip_folder, "drop.text=0")
+    clip = FrozenCLIP.load(run.clip)
+    task = PriorTask(run, clip)
+    fit_scale(task.stage.network.scale, clip, open_dataset("shapes:val", run.data.resolution))
+    batch = first_batch(run)
+    x0 = task.stage.network.scale(clip.encode_image(batch.images))
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            assert_close(cond.text.embed, clip.encode_text(batch.captions).embed)
+            return x0
+
+    assert_close(task.loss(Oracle(), batch, 0)["loss"], torch.zeros(4))
+
+
+def test_the_decoder_drops_conditions_at_the_configured_rates(tiny_clip_folder):
+    run = tiny("decoder", tiny_clip_folder, "drop.image=0.1", "drop.text=0.5", "train.batch=400")
+    clip = FrozenCLIP.load(run.clip)
+    task = DecoderTask(run, clip)
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            seen["image"] = ~cond.keep_image
+            null = clip.null_text.embed
+            seen["text"] = (cond.text.embed - null).abs().amax(1) < 1e-6
+            return torch.zeros_like(x_t)
+
+    task.loss(Spy(), first_batch(run), 0)
+    image, text = seen["image"].float(), seen["text"].float()
+    assert abs(image.mean() - 0.1) < 0.05
+    assert abs(text.mean() - 0.5) < 0.08
+    both = (image * text).mean()  # independent drops: the rate of both is the product
+    assert abs(both - image.mean() * text.mean()) < 0.03
+
+
+def test_what_a_sample_is_trained_on_does_not_depend_on_the_number_of_processes(tiny_clip_folder):
+    run = tiny("decoder", tiny_clip_folder)
+    task = DecoderTask(run, FrozenCLIP.load(run.clip))
+    with torch.no_grad():
+        whole = task.loss(task.model, first_batch(run), 0)["loss"]
+        halves = [
+            task.loss(task.model, first_batch(run, rank=rank, world=2), 0)["loss"]
+            for rank in (0, 1)
+        ]
+    assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
+    run = tiny("upsampler_64", None, "degraded=0")
+    task = UpsamplerTask(run)
+    batch = first_batch(run)
+    low = task.low_resolution(batch.images, batch.ids)
+    assert low.shape == batch.images.shape
+    assert (low - batch.images).abs().mean() < 0.2
+    degraded = UpsamplerTask(tiny("upsampler_64", None, "degraded=1"))
+    other = degraded.low_resolution(batch.images, batch.ids)
+    assert not torch.allclose(low, other)
+    assert_close(other, degraded.low_resolution(batch.images, batch.ids), rtol=0, atol=0)
+
+
+def test_a_width_that_is_not_the_encoders_is_refused_by_key(tiny_clip_folder):
+    run = tiny("prior", tiny_clip_folder, "model.embed=48")
+    with pytest.raises(ConfigError, match=r"model\.embed = 48.*has 32"):
+        PriorTask(run, FrozenCLIP.load(run.clip))
+
+
+def test_accelerate_launch_trains_a_decoder_on_two_processes(tiny_clip_folder, tmp_path):
+    """`accelerate launch --cpu` silently starts one process; this is the line that starts two."""
+    run = tiny("decoder", tiny_clip_folder)
+    config = tmp_path / "decoder.yaml"
+    from unclip.config import save_config
+
+    save_config(run, config)
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--main_process_port", "0", "train/decoder.py", str(config)),
+        *("train.steps=2", f"train.out={out}", "train.log_every=1", "train.save_every=2"),
+        "train.sample_every=100",
+    ]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2
+    assert lines[-1]["processes"] == 2
+    assert (out / "checkpoints" / "step-2" / "decoder" / "model.safetensors").is_file()

@@ -1,0 +1,291 @@
+"""The training loop: exact resume, exact arithmetic, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
+from torch import nn
+from torch.testing import assert_close
+
+from unclip.errors import CheckpointError, ConfigError, DivergedError
+from unclip.folder import read_stage_config, read_tensors, resolve_folder, write_stage
+from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
+
+
+def config(out: Path, task: dict[str, Any] | None = None, **train: Any) -> TinyConfig:
+    values: dict[str, Any] = {
+        "out": str(out), "steps": 12, "batch": 8, "lr": 1e-2, "warmup": 2, "weight_decay": 0.1,
+        "ema": 0.9, "seed": 3, "save_every": 5, "sample_every": 100, "log_every": 4,
+    }  # fmt: skip
+    return TinyConfig(train=TrainConfig(**{**values, **train}), **(task or {}))
+
+
+def run(settings: TinyConfig, task: TinyTask | None = None) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first
+    precision = {"fp32": "no", "bf16": "bf16"}[settings.train.precision]
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    task = task or TinyTask(settings)
+    return fit(task, lambda s: stream(settings, s), settings.train, settings, accelerator)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    names = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_resumed_run_equals_an_uninterrupted_one_byte_for_byte(tmp_path: Path) -> None:
+    dropout = {"dropout": 0.3}
+    straight = run(config(tmp_path / "a", dropout, accumulate=2))
+    with pytest.raises(RuntimeError, match="crash"):
+        run(config(tmp_path / "b", {**dropout, "crash_at": 7}, accumulate=2))
+    assert resolve_folder(tmp_path / "b").name == "step-5"
+    (tmp_path / "b" / "config.yaml").write_text((tmp_path / "a" / "config.yaml").read_text())
+    torch.manual_seed(99)
+    resumed = run(config(tmp_path / "b", dropout, accumulate=2))
+    assert straight.name == resumed.name == "step-12"
+    assert_same_checkpoint(straight, resumed)
+
+
+def test_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    first = run(config(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert run(config(tmp_path)) == first
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops_and_the_run_continues(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    class Interrupted(TinyTask):
+        def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, torch.Tensor]:
+            if step == 6:
+                os.kill(os.getpid(), number)
+            return super().loss(model, batch, step)
+
+    settings = config(tmp_path / "a")
+    handler = signal.getsignal(number)
+    assert run(settings, Interrupted(settings)).name == "step-7"
+    assert signal.getsignal(number) == handler
+    straight = run(config(tmp_path / "b"))
+    assert_same_checkpoint(run(settings), straight)
+
+
+def test_previews_change_nothing(tmp_path: Path) -> None:
+    """One preview per step or almost none: the same weights, with dropout drawing numbers."""
+    dropout = {"dropout": 0.3}
+    often = run(config(tmp_path / "often", dropout, sample_every=1))
+    seldom = run(config(tmp_path / "seldom", dropout))
+    assert_same_checkpoint(often, seldom)
+    names = {path.name for path in (tmp_path / "often" / "samples").iterdir()}
+    assert names == {f"step-{n}.png" for n in range(13)}
+    names = {path.name for path in (tmp_path / "seldom" / "samples").iterdir()}
+    assert names == {"step-0.png", "step-12.png"}
+
+
+def test_learning_rate_is_a_closed_form(tmp_path: Path) -> None:
+    cosine = config(tmp_path, steps=110, warmup=10, lr=2.0).train
+    assert learning_rate(0, cosine) == 0.2
+    assert learning_rate(9, cosine) == 2.0
+    assert learning_rate(10, cosine) == 2.0
+    assert math.isclose(learning_rate(60, cosine), 1.0)
+    assert 0 < learning_rate(109, cosine) < 1e-3
+    constant = config(tmp_path, steps=110, warmup=0, lr=2.0, decay="constant").train
+    assert {learning_rate(step, constant) for step in range(110)} == {2.0}
+    assert learning_rate(0, config(tmp_path, steps=1, warmup=1, lr=2.0).train) == 2.0
+
+
+def test_update_equals_plain_adamw(tmp_path: Path) -> None:
+    """Against a loop written with torch alone: clipping, learning rate, decay on matrices only."""
+    settings = config(tmp_path, steps=4, clip_grad=0.5)
+    task, oracle = TinyTask(settings), TinyTask(settings)
+    matrices = [p for p in oracle.model.parameters() if p.ndim >= 2]
+    others = [p for p in oracle.model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    batches = stream(settings, 0)
+    for step in range(4):
+        oracle.loss(oracle.model, next(batches), step)["loss"].mean().backward()
+        nn.utils.clip_grad_norm_(oracle.model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.train)
+        optimizer.step()
+        optimizer.zero_grad()
+    run(settings, task)
+    for p, q in zip(task.model.parameters(), oracle.model.parameters(), strict=True):
+        assert_close(p, q)
+
+
+def test_weight_decay_acts_on_matrices_only(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    optimizer = build_optimizer(TinyTask(settings).model, settings.train)
+    decay = {p.ndim: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay == {2: 0.1, 4: 0.1, 1: 0.0}
+
+
+def test_accumulation_equals_the_full_batch(tmp_path: Path) -> None:
+    whole = run(config(tmp_path / "a", log_every=1))
+    parts = run(config(tmp_path / "b", log_every=1, accumulate=4))
+    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
+        assert_close(a["loss"], b["loss"], rtol=1e-5, atol=1e-6)
+        assert_close(a["grad_norm"], b["grad_norm"], rtol=1e-4, atol=1e-6)
+    a, b = (read_tensors(path / "training" / "weights.safetensors") for path in (whole, parts))
+    assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_metrics_have_every_entry_and_no_step_twice(tmp_path: Path) -> None:
+    settings = config(tmp_path, log_every=2)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(settings.model_copy(update={"crash_at": 9}))
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
+    text = (tmp_path / "config.yaml").read_text().replace("crash_at: 9", "crash_at: 1000000")
+    (tmp_path / "config.yaml").write_text(text)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # torn by a kill
+    run(settings)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+    assert set(lines(tmp_path)[0]) == {
+        "step", "images", "loss", "absolute", "grad_norm", "lr", "images_per_second", "data_wait",
+        "skipped",
+    }  # fmt: skip
+    assert lines(tmp_path)[1]["images"] == 32
+    assert lines(tmp_path)[0]["lr"] == learning_rate(1, settings.train)
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path: Path) -> None:
+    bad = {"bad_from": 4, "bad_until": 8}
+    path = run(config(tmp_path / "a", bad, save_every=1, keep=20))
+    checkpoints = path.parent
+    for name in ("prior/model", "training/weights", "training/optimizer"):
+        before, after, later = (
+            (checkpoints / f"step-{n}" / f"{name}.safetensors").read_bytes() for n in (4, 8, 9)
+        )
+        assert before == after != later
+    logged = {line["step"]: line for line in lines(tmp_path / "a")}
+    assert logged[8]["skipped"] == 4
+    assert logged[8]["grad_norm"] is None
+    assert logged[12]["skipped"] == 0
+    assert math.isfinite(logged[12]["loss"])
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    nine = {"bad_from": 1, "bad_until": 10}
+    assert run(config(tmp_path / "a", nine)).name == "step-12"
+    with pytest.raises(DivergedError, match=r"10 steps in a row, up to step 11"):
+        run(config(tmp_path / "b", {"bad_from": 1}))
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    straight = run(config(tmp_path / "a"))
+    run(config(tmp_path / "b"))
+    damaged = tmp_path / "b" / "checkpoints" / "step-12" / "training" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged checkpoint: .*step-12.*optimizer"):
+        again = run(config(tmp_path / "b"))
+    assert_same_checkpoint(straight, again)
+
+
+def test_run_with_only_damaged_checkpoints_is_not_started_over(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    for manifest in tmp_path.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        run(config(tmp_path))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-3.tmp").mkdir(parents=True)  # left by a kill
+    run(config(tmp_path, save_every=2, keep=3))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-10", "step-12", "step-8"]
+
+
+def test_another_configuration_needs_another_folder(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"train\.lr = 0\.01, not 0\.02; choose another train.out"
+    ):
+        run(config(tmp_path, lr=0.02))
+    with pytest.raises(ConfigError, match=r"dropout = 0\.0, not 0\.5"):
+        run(config(tmp_path, {"dropout": 0.5}))
+
+
+def test_length_and_intervals_may_change(tmp_path: Path) -> None:
+    run(config(tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    free = {"steps": 14, "save_every": 7, "sample_every": 7, "log_every": 7, "keep": 5}
+    assert run(config(tmp_path / "new", **free)).name == "step-14"
+    assert "steps: 14" in (tmp_path / "new" / "config.yaml").read_text()
+
+
+def test_training_starts_from_given_weights(tmp_path: Path) -> None:
+    first = run(config(tmp_path / "a"))
+    again = config(tmp_path / "b", init=str(tmp_path / "a"), steps=1, lr=1e-12)
+    second = run(again)
+    averaged = read_tensors(first / "prior" / "model.safetensors")
+    assert_close(read_tensors(second / "training" / "weights.safetensors"), averaged)
+    # A second start resumes instead of starting from them again.
+    longer = again.train.model_copy(update={"steps": 3})
+    assert run(again.model_copy(update={"train": longer})).name == "step-3"
+
+
+def test_weights_to_start_from_must_be_of_the_same_stage(tmp_path: Path) -> None:
+    write_stage(tmp_path / "w", "decoder", {}, {"x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"no stage 'prior' in .*, which has decoder"):
+        run(config(tmp_path / "a", init=str(tmp_path / "w")))
+    write_stage(tmp_path / "w", "prior", {}, {"x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="does not fit TinyModel"):
+        run(config(tmp_path / "b", init=str(tmp_path / "w")))
+
+
+def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
+    run(config(tmp_path / "a"))
+    settings = config(tmp_path / "b", precision="bf16")
+    task = TinyTask(settings)
+    low = run(settings, task)
+    a, b = (lines(tmp_path / name)[0]["loss"] for name in "ab")
+    assert a != b
+    assert_close(a, b, rtol=0.02, atol=0)
+    for tensor in read_tensors(low / "training" / "weights.safetensors").values():
+        assert tensor.dtype == torch.float32
+    assert "autocast" not in repr(task.model.forward)
+    assert_close(task.model(torch.ones(1, 4)), task.model.eval()(torch.ones(1, 4)), rtol=0, atol=0)
+
+
+def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
+    path = run(config(tmp_path))
+    assert resolve_folder(tmp_path) == path
+    assert read_stage_config(path, "prior") == {"width": 8}
+    averaged = read_tensors(path / "prior" / "model.safetensors")
+    live = read_tensors(path / "training" / "weights.safetensors")
+    assert averaged.keys() == live.keys()
+    assert not torch.equal(averaged["lift.weight"], live["lift.weight"])
+    assert torch.equal(averaged["scale"], live["scale"])
+    optimizer = read_tensors(path / "training" / "optimizer.safetensors")
+    assert optimizer["step.mix.weight"] == 12
+    assert optimizer["exp_avg.mix.weight"].shape == live["mix.weight"].shape
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 1}, {"ema": 1.0}, {"lr": 0}, {"batch": 0}])
+def test_values_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        config(tmp_path, **wrong)

@@ -1,0 +1,59 @@
+"""Collect stages that were trained apart into one model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from unclip.clip import FrozenCLIP
+from unclip.errors import CheckpointError, ConfigError
+from unclip.folder import INDEX, read_index, resolve_folder
+from unclip.pipeline import UnCLIP
+from unclip.stages import Stage, load_stage
+
+
+def assemble(
+    out: str | Path,
+    clip: str | Path | None,
+    prior: str | Path | None,
+    decoder: str | Path | None,
+    upsamplers: Sequence[str | Path],
+    dtype: torch.dtype = torch.float32,
+) -> UnCLIP:
+    """Take each stage from a run's newest checkpoint or a model folder and write `out`.
+
+    **Raises**: `ConfigError` if there is nothing to do or `out` holds a model already;
+    `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
+    """
+    out = Path(out)
+    if not any([clip, prior, decoder, upsamplers]):
+        raise ConfigError("nothing to assemble: name at least one of clip, prior, decoder, …")
+    if (out / INDEX).exists():
+        raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
+    encoder = FrozenCLIP.load(str(resolve_folder(clip) / "clip")) if clip is not None else None
+    chosen = [stage for source in upsamplers for stage in _upsamplers(source)]
+    names = [stage.name for stage in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} is in more than one of the folders given")
+    pipe = UnCLIP(
+        encoder,
+        load_stage(resolve_folder(prior), "prior") if prior is not None else None,
+        load_stage(resolve_folder(decoder), "decoder") if decoder is not None else None,
+        chosen,
+    )
+    try:
+        pipe.save_pretrained(out, dtype)
+    except OSError as error:
+        raise ConfigError(f"can't write into {out}: {error.strerror or error}") from None
+    return pipe
+
+
+def _upsamplers(source: str | Path) -> list[Stage]:
+    root = resolve_folder(source)
+    names = [str(name) for name in read_index(root)["stages"] if str(name).startswith("upsampler")]
+    if not names:
+        raise CheckpointError(f"no upsampler in {root}")
+    return [load_stage(root, name) for name in names]

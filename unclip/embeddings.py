@@ -1,0 +1,78 @@
+"""Files of CLIP image embeddings: N rows, a key for each, and the encoder that made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unclip.clip import Fingerprint, check_same_encoder
+from unclip.config import parse_config
+from unclip.errors import ConfigError, DataError
+
+NAME = "image_embeds"
+SUFFIXES = (".safetensors", ".npy")
+
+
+def write_embeddings(
+    path: Path, z_image: Tensor, keys: Sequence[str], encoder: Fingerprint
+) -> None:
+    """Write raw embeddings, their keys and their encoder's fingerprint.
+
+    **Shapes**: z_image (N, D), N keys. **Raises**: `ConfigError` if the path can't be written.
+    """
+    metadata = {"keys": json.dumps(list(keys)), "clip": encoder.model_dump_json()}
+    try:
+        path.touch(exist_ok=False)
+        mode = path.stat().st_mode
+        save_file({NAME: z_image.float().cpu().contiguous()}, path, metadata=metadata)
+        path.chmod(mode)  # safetensors makes its files 0600
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"can't write {path}: {error}") from None
+
+
+def read_embeddings(path: Path, encoder: Fingerprint | None) -> tuple[Tensor, list[str]]:
+    """Read a .safetensors file of ours, or a .npy array, which names no keys and no encoder.
+
+    **Shapes**: → (N, D) float32 on the CPU, N keys.
+
+    **Raises**: `DataError` if it is missing, damaged or something else; `CheckpointError` if
+    another encoder than `encoder` made it.
+    """
+    if not path.is_file():
+        raise DataError(f"no embeddings at {path}")
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".npy":
+            z = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                z = file.get_tensor(NAME)
+        keys = json.loads(metadata.get("keys", "null"))
+    except (SafetensorError, OSError, ValueError, TypeError, EOFError) as error:
+        raise DataError(
+            f"{path} is damaged or holds no embeddings ({NAME!r}, or a .npy array): {error}"
+        ) from None
+    if z.ndim != 2 or not len(z) or not z.is_floating_point():
+        raise DataError(f"{path} holds {z.dtype} of shape {tuple(z.shape)}; expected floats (N, D)")
+    if not bool(z.isfinite().all()):
+        raise DataError(f"{path} holds numbers that are not finite")
+    if encoder is not None and "clip" in metadata:
+        check_same_encoder(encoder, _fingerprint(metadata["clip"], path), str(path))
+    if not isinstance(keys, list) or len(keys) != len(z):
+        keys = [f"{path.stem}-{row}" for row in range(len(z))]
+    return z.float(), [str(key) for key in keys]
+
+
+def _fingerprint(text: str, path: Path) -> Fingerprint:
+    try:
+        return parse_config(json.loads(text), Fingerprint, str(path))
+    except ValueError as error:
+        raise DataError(f"{path} has a damaged fingerprint of its encoder: {error}") from None
