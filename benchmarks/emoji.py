@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from emoji_tables import report
 from PIL import Image
-from tables import report
 from torch import Tensor
 from tqdm import tqdm
 

@@ -1,3 +1,5 @@
-"""unclip: the DALL·E 2 stack in PyTorch. `UnCLIP` is the way in."""
+"""unclip: the DALL·E 2 stack in PyTorch. `UnCLIP`, in `unclip.pipeline`, is the way in."""
 
-import unclip.torchvision_ops  # noqa: F401  before anything that imports torchvision
+from unclip.torchvision_ops import declare_missing_operators
+
+declare_missing_operators()  # before anything that imports torchvision

@@ -5,6 +5,9 @@ does not load, and then `import torchvision` itself fails ("operator torchvision
 exist") although only its Python transforms are wanted: open_clip imports it, and so do parts of
 transformers and diffusers. Declaring the two operators whose fake kernels torchvision registers
 unconditionally is enough. Where the library does load nothing is declared.
+
+torch itself calls this, through the entry point `torch.backends`, so that programs which import
+torchvision before unclip (`accelerate launch` does) work too.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _libraries: list[torch.library.Library] = []  # a Library's declarations live as
 
 def declare_missing_operators() -> None:
     """Declare torchvision's operators unless they are there or its library provides them."""
-    if "torchvision" in sys.modules or _libraries:
+    if torch.version.cuda or "torchvision._meta_registrations" in sys.modules or _libraries:
         return
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
@@ -42,5 +45,3 @@ def declare_missing_operators() -> None:
         library.define(schema)
     _libraries.append(library)
 
-
-declare_missing_operators()
