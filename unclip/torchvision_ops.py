@@ -15,18 +15,19 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-
-import torch
+from typing import Any
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_libraries: list[torch.library.Library] = []  # a Library's declarations live as long as it does
+_libraries: list[Any] = []  # a Library's declarations live as long as it does
 
 
 def declare_missing_operators() -> None:
     """Declare torchvision's operators unless they are there or its library provides them."""
+    import torch  # here, because importing torch calls this function
+
     if torch.version.cuda or "torchvision._meta_registrations" in sys.modules or _libraries:
         return
     spec = importlib.util.find_spec("torchvision")
