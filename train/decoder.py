@@ -1,4 +1,4 @@
-"""Train the decoder (Section 2.1): accelerate launch train/decoder.py CONFIG.yaml [key=value …]."""
+"""Train the decoder (Section 2.1): accelerate launch train/decoder.py CONFIG [key=value …]."""
 
 from unclip.training.launch import main
 from unclip.training.tasks import DecoderRun, train_decoder

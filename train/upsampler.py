@@ -1,4 +1,4 @@
-"""Train an upsampler (Section 2.1): accelerate launch train/upsampler.py CONFIG.yaml [key=value …]."""
+"""Train an upsampler (Section 2.1): accelerate launch train/upsampler.py CONFIG [key=value …]."""
 
 from unclip.training.launch import main
 from unclip.training.tasks import UpsamplerRun, train_upsampler

@@ -45,4 +45,3 @@ def declare_missing_operators() -> None:
     for schema in SCHEMAS:
         library.define(schema)
     _libraries.append(library)
-
