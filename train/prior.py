@@ -1,4 +1,4 @@
-"""Train the diffusion prior (Section 2.2): accelerate launch train/prior.py CONFIG [key=value …]."""
+"""Train the diffusion prior (Section 2.2): accelerate launch train/prior.py CONFIG."""
 
 from unclip.training.launch import main
 from unclip.training.tasks import PriorRun, train_prior
