@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,14 @@ def train(step: Step, out: Path, seconds: dict[str, float]) -> None:
     usual = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the command got it as well and is saving
-        code = process.wait() or 130
+    except KeyboardInterrupt:  # the command got it as well, and saves before it ends
+        code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, usual)
         seconds[step.name] = seconds.get(step.name, 0.0) + time.perf_counter() - start
         write(out, seconds=seconds)
     if code:
-        print(f"{step.name} ended with exit code {code}; --fresh trains everything again")
+        print(f"{step.name}: exit code {code}; the same command tries again, --fresh starts over")
         raise SystemExit(code)
     newest = newest_checkpoint(out / step.name, training=False)
     done = 0 if newest is None else checkpoint_step(newest)
@@ -238,14 +238,6 @@ def write(out: Path, **entries: Any) -> dict[str, Any]:
     return results
 
 
-def timed(name: str, seconds: dict[str, float], work: Callable[[], Any]) -> Any:
-    """Call `work` and note how long it took."""
-    start = time.perf_counter()
-    value = work()
-    seconds[name] = time.perf_counter() - start
-    return value
-
-
 def learn(out: Path, fresh: bool) -> None:
     """Train what is not yet trained, then sample and score."""
     if fresh:
@@ -253,14 +245,14 @@ def learn(out: Path, fresh: bool) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "results.json").unlink(missing_ok=True)
     seconds: dict[str, float] = write(out).get("seconds", {})
+    total = len(STEPS) + 1
     for number, step in enumerate(STEPS, 1):
-        print(f"\n[{number}/{len(STEPS) + 1}] {step.name}: python {' '.join(step.command(out))}")
-        sys.stdout.flush()
+        print(f"\n[{number}/{total}] {step.name}: python {' '.join(step.command(out))}", flush=True)
         train(step, out, seconds)
-    print(
-        f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] scoring pictures from captions that were held out"
-    )
-    figures = timed("scoring", seconds, lambda: evaluate(assemble(out), out))
+    print(f"\n[{total}/{total}] scoring pictures of captions that were held out", flush=True)
+    start = time.perf_counter()
+    figures = evaluate(assemble(out), out)
+    seconds["scoring"] = time.perf_counter() - start
     results = write(out, **figures, seconds=seconds)
     print(f"\n{table(results)}\n\nsamples in {out / 'samples.png'}, figures in {out}/results.json")
     print(f'next: python sample.py text "a large blue cross at the top" --model {out / "model"}')
