@@ -162,6 +162,7 @@ def test_metrics_have_every_entry_and_no_step_twice(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
     assert set(lines(tmp_path)[0]) == {
         "step", "images", "loss", "absolute", "grad_norm", "lr", "images_per_second", "data_wait",
+        "processes",
         "skipped",
     }  # fmt: skip
     assert lines(tmp_path)[1]["images"] == 32
