@@ -1,6 +1,6 @@
 """Make torchvision importable where its compiled operators are built for another torch.
 
-The registry's torchvision wheel is built against CUDA; beside a CPU build of torch its library
+PyPI's torchvision wheel for Linux is built against CUDA; beside a CPU build of torch its library
 does not load, and then `import torchvision` itself fails ("operator torchvision::nms does not
 exist") although only its Python transforms are wanted: open_clip imports it, and so do parts of
 transformers and diffusers. Declaring the two operators whose fake kernels torchvision registers
