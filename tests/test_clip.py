@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,18 @@ def test_damaged_stage_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="truncated"):
         FrozenCLIP.load(str(tmp_path))
+
+
+def test_a_damaged_encoder_configuration_is_a_checkpoint_error(model_folder, tmp_path):
+    """A missing key was once a KeyError, and a wrong one a configuration error (exit code 2)."""
+    stage = tmp_path / "clip"
+    shutil.copytree(model_folder / "clip", stage)
+    whole = json.loads((stage / "config.json").read_text())
+    for damage in ({"preprocess_cfg": None}, {"model_cfg": {"embed_dim": "wide"}}):
+        (stage / "config.json").write_text(json.dumps(whole | damage))
+        with pytest.raises(CheckpointError, match=r"config\.json can't be used"):
+            FrozenCLIP.load(str(stage))
+    del whole["preprocess_cfg"]
+    (stage / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="preprocess_cfg"):
+        FrozenCLIP.load(str(stage))

@@ -223,7 +223,15 @@ class FrozenCLIP(nn.Module):
 
 
 def _from_stage(stage: Path) -> FrozenCLIP:
-    data, where = read_json(stage / CONFIG), str(stage / CONFIG)
+    where = str(stage / CONFIG)
+    data = read_json(stage / CONFIG)
+    try:
+        return _build_stage(stage, data, where)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} can't be used: {error}") from None
+
+
+def _build_stage(stage: Path, data: dict[str, Any], where: str) -> FrozenCLIP:
     towers: Towers
     if "model_cfg" in data:
         config = parse_config(data["model_cfg"], ClipConfig, where)

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from unclip import randomness
 from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
 from unclip.conditioning import Cond, TextEncoding
-from unclip.data.images import MAX_PIXELS, pad_to_square, resize, to_pil, to_rgb, to_tensor
+from unclip.data.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.folder import read_index, resolve_folder
 from unclip.options import Options
@@ -309,12 +309,7 @@ def _list(prompts: str | Sequence[str]) -> list[str]:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """RGB, padded to a square on white, which must not be larger than a picture may be."""
-    if max(image.size) ** 2 > MAX_PIXELS:
-        raise DataError(
-            f"a picture of {image.width} x {image.height} padded to a square has more pixels than "
-            f"the limit of {MAX_PIXELS:,}; scale it down first"
-        )
+    """RGB, padded to a square on white."""
     return pad_to_square(to_rgb(image))
 
 

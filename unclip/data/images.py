@@ -75,8 +75,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """Centre an RGB picture on a white square as large as its longer side."""
+    """Centre an RGB picture on a white square as large as its longer side.
+
+    **Raises**: `DataError` if that square has more than `MAX_PIXELS`.
+    """
     side = max(image.size)
+    if side**2 > MAX_PIXELS:
+        raise DataError(
+            f"a picture of {image.width} x {image.height} padded to a square has more pixels than "
+            f"the limit of {MAX_PIXELS:,}; scale it down first"
+        )
     if image.size == (side, side):
         return image
     square = Image.new("RGB", (side, side), "white")
