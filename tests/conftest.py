@@ -67,6 +67,7 @@ def unet(attends: bool) -> UNetConfig:
         attention=[False, attends],
         mid_attention=attends,
         head_channels=8,
+        groups=2,
     )
 
 

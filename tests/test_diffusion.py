@@ -178,6 +178,24 @@ def test_guidance_one_costs_one_forward_and_more_costs_two():
         assert model.rows == [rows] * 3
 
 
+def test_an_upsampler_is_guided_away_from_its_input_at_the_cost_of_one_forward():
+    low_res, rows = torch.rand(2, 3, 4, 4), []
+
+    class Brighter:
+        def prepare(self, cond):
+            return cond
+
+        def __call__(self, x_t, t, cond):
+            rows.append(len(x_t))
+            return cond.low_res + 0.1
+
+    config = SamplingConfig(steps=4, guidance=1.5, clip=None)
+    cond = Cond(low_res=low_res)
+    made = sample(gaussian("x0"), Brighter(), cond, (3, 4, 4), config, generators(2))
+    assert_close(made, low_res + 0.15)
+    assert rows == [2] * 4
+
+
 @pytest.mark.parametrize("steps", [2, 25])
 def test_learned_variance_trajectory_equals_unclip_scheduler(steps):
     """Guidance moves the prediction and leaves the variance channels of the conditional branch."""

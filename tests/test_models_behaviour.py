@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import DataError
 from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.layers import EmbeddingScale, ScaleConfig, group_norm
+from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNetConfig
@@ -32,7 +32,7 @@ def transformer_config(**changes: Any) -> TransformerConfig:
 
 def unet_config(**changes: Any) -> UNetConfig:
     base = {"channels": 16, "multiple": [1, 2], "blocks": 1, "attention": [False, True]}
-    return UNetConfig(**base | {"mid_attention": True, "head_channels": 8} | changes)
+    return UNetConfig(**base | {"mid_attention": True, "head_channels": 8, "groups": 4} | changes)
 
 
 def prior(**changes: Any) -> DiffusionPrior:
@@ -409,7 +409,7 @@ def test_missing_or_unfit_conditions_are_explained() -> None:
         (lambda: transformer_config(heads=5), "multiple of heads, got 32 and 5"),
         (lambda: unet_config(head_channels=24), "head_channels = 24 must divide width 32"),
         (lambda: unet_config(attention=[True]), "one entry for each of the 2 levels"),
-        (lambda: unet_config(channels=18), "multiple of 4, got 18"),
+        (lambda: unet_config(channels=18), "multiple of groups = 4, got 18"),
         (lambda: unet_config(multiple=[1, 0]), "every multiple must be at least 1"),
         (lambda: decoder(resolution=9), "resolution = 9 must be a multiple of 2"),
         (lambda: decoder(text_width=None, text_embed=True), "need text_width"),
@@ -429,11 +429,6 @@ def test_missing_or_unfit_conditions_are_explained() -> None:
 def test_impossible_configurations_are_refused(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_group_norm_keeps_four_channels_a_group() -> None:
-    groups = {c: group_norm(c, 32).num_groups for c in (4, 16, 48, 64, 144, 320, 1280)}
-    assert groups == {4: 1, 16: 4, 48: 12, 64: 16, 144: 24, 320: 32, 1280: 32}
 
 
 def test_unit_scale_sets_the_norm_and_inverts_to_norm_one() -> None:

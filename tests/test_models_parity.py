@@ -224,7 +224,7 @@ def test_decoder_equals_unet2d_condition_model(
     ("channels", "multiple", "blocks", "groups", "scale_shift"),
     [
         (32, [1, 2, 3, 4], 3, 8, False),
-        (64, [1, 2], 1, 16, False),
+        (64, [1, 2], 1, 32, False),
         (32, [1, 1, 2], 2, 8, True),
     ],
 )

@@ -39,12 +39,13 @@ CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml"
 TINY = {
     "decoder": [
         "model.unet.channels=16",
+        "model.unet.groups=4",
         "model.unet.head_channels=16",
         "train.batch=4",
         "train.warmup=0",
     ],
     "prior": ["model.transformer.layers=1", "train.batch=4"],
-    "upsampler_64": ["model.unet.channels=16", "train.batch=4"],
+    "upsampler_64": ["model.unet.channels=16", "model.unet.groups=4", "train.batch=4"],
 }
 
 

@@ -7,18 +7,20 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
+from tiny_task import TinyBatch, TinyConfig, TinyModel, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
 
 from unclip.errors import CheckpointError, ConfigError, DivergedError
 from unclip.folder import read_stage_config, read_tensors, resolve_folder, write_stage
+from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
 
 
@@ -256,6 +258,13 @@ def test_weights_to_start_from_must_be_of_the_same_stage(tmp_path: Path) -> None
     write_stage(tmp_path / "w", "prior", {}, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="does not fit TinyModel"):
         run(config(tmp_path / "b", init=str(tmp_path / "w")))
+
+
+def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> None:
+    first, second = TinyModel(0.0), TinyModel(0.0)
+    write_stage(tmp_path / "w", "upsampler_64", {}, first.state_dict())
+    load_init(SimpleNamespace(name="upsampler_128"), second, tmp_path / "w")
+    assert_close(second.state_dict(), first.state_dict())
 
 
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:

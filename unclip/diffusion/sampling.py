@@ -34,8 +34,10 @@ LAMBDA_MIN = -5.1
 class SamplingConfig(Config):
     """How to sample a stage unless the caller says otherwise.
 
-    `guidance` 1 is off and costs one forward per step; `clip` bounds x_0 at each step, None does
-    not; `eta` is DDIM's share of fresh noise (0 deterministic, 1 like DDPM).
+    `guidance` 1 is off and costs one forward per step; an upsampler's always costs one, because
+    its guess without a condition is the resized picture, from which x_0 goes `guidance` times as
+    far as predicted. `clip` bounds x_0 at each step, None does not; `eta` is DDIM's share of fresh
+    noise (0 deterministic, 1 like DDPM).
     """
 
     sampler: SamplerName = "ddim"
@@ -73,7 +75,8 @@ def sample(
     if x_T is None:
         x_T = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     x = x_T.to(device, torch.float32)
-    guided = config.guidance != 1
+    low_res = cond.low_res if config.guidance != 1 else None
+    guided = config.guidance != 1 and low_res is None
     cond = model.prepare(Cond.cat([cond.null(null_text), cond]) if guided else cond)
     noise: dict[str, Any] = {"generator": list(generators)}
     if config.sampler == "ddim":
@@ -89,6 +92,8 @@ def sample(
             prediction = without + config.guidance * (with_ - without)
             variance = None if variance is None else variance.chunk(2)[1]
         x0 = diffusion.x0_from(prediction, x, t)
+        if low_res is not None:
+            x0 = low_res + config.guidance * (x0 - low_res)
         if config.clip is not None:
             x0 = x0.clamp(-config.clip, config.clip)
         if variance is not None and config.sampler == "ddpm":

@@ -60,16 +60,6 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group norm with at most `groups` groups of at least 4 channels each.
-
-    Karlo's widths get their 32 groups. Narrow ones get fewer, because groups of one channel would
-    erase each channel's mean, and with it the picture's overall colour.
-    """
-    most = max(1, min(groups, channels // 4))
-    return nn.GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
-
-
 def zero_init(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """Start a layer at zero, so that its branch starts as no change (ADM, DiT)."""
     nn.init.zeros_(layer.weight)

@@ -86,11 +86,17 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
 def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
     """Start from the weights of the same stage in a model folder or a run.
 
+    An upsampler may also start from the one of another size that the folder has instead.
+
     **Raises**: `CheckpointError` if the folder has no such stage or its shapes differ.
     """
     folder = files.resolve_folder(path)
-    files.read_stage_config(folder, task.name)
-    weights = folder / task.name / files.WEIGHTS
+    name = task.name
+    if name.startswith("upsampler_"):
+        kin = [s for s in files.read_index(folder)["stages"] if s.startswith("upsampler_")]
+        name = kin[0] if name not in kin and len(kin) == 1 else name
+    files.read_stage_config(folder, name)
+    weights = folder / name / files.WEIGHTS
     files.load_tensors(model, files.read_tensors(weights), str(weights))
 
 
