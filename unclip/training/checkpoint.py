@@ -84,17 +84,16 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
 
 
 def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
-    """Start from the weights of the same stage in a model folder or a run.
+    """Start from the weights of the same stage in a model folder or a run, or of its only kin.
 
-    An upsampler may also start from the one of another size that the folder has instead.
+    Kin are stages of one kind: an upsampler may start from the only upsampler there is.
 
     **Raises**: `CheckpointError` if the folder has no such stage or its shapes differ.
     """
     folder = files.resolve_folder(path)
-    name = task.name
-    if name.startswith("upsampler_"):
-        kin = [s for s in files.read_index(folder)["stages"] if s.startswith("upsampler_")]
-        name = kin[0] if name not in kin and len(kin) == 1 else name
+    kind = task.name.split("_")[0]
+    kin = [name for name in files.read_index(folder)["stages"] if name.split("_")[0] == kind]
+    name = kin[0] if len(kin) == 1 else task.name
     files.read_stage_config(folder, name)
     weights = folder / name / files.WEIGHTS
     files.load_tensors(model, files.read_tensors(weights), str(weights))
