@@ -19,7 +19,7 @@ from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
-from unclip.models.unet import UNetConfig
+from unclip.models.unet import UNetConfig, upsampled_conv
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 EMBED, TEXT, CONTEXT = 12, 10, 8
@@ -465,3 +465,10 @@ def test_statistics_stay_float32_in_a_bfloat16_model() -> None:
     assert torch.equal(half.mean, scale.mean)
     z = torch.randn(2, EMBED)
     assert torch.equal(half(z), scale(z))
+
+
+def test_the_convolution_of_a_doubled_picture_never_makes_it() -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    doubled = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert_close(upsampled_conv(x, conv), conv(doubled))

@@ -147,9 +147,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, *context: Tensor | None) -> Tensor:
         """**Shapes**: x (B, C, H, W); emb (B, E) after its SiLU; context as in `Attention`."""
-        h = self._resample(silu(self.norm1(x)))
-        x = self._resample(x)
-        h = self.conv1(h)  # (B, C', H', W')
+        h = silu(self.norm1(x))
+        if self.resample == "up":
+            x, h = F.interpolate(x, scale_factor=2.0, mode="nearest"), upsampled_conv(h, self.conv1)
+        elif self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), self.conv1(F.avg_pool2d(h, 2))
+        else:
+            h = self.conv1(h)  # (B, C', H', W')
         emb = self.embed(emb)[:, :, None, None]  # (B, C' or 2C', 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
@@ -159,10 +163,19 @@ class Block(nn.Module):
         x = self.skip(x) + self.conv2(self.dropout(silu(h)))
         return self.attention(x, *context) if self.attention is not None else x
 
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)  # (B, C, H/2, W/2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+def upsampled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3 x 3 convolution of a picture doubled by nearest neighbour, which is never made.
+
+    Every result reads 2 x 2 of the small picture's pixels: a transposed convolution whose 4 x 4
+    kernel is the 3 x 3 one spread over the doubled pixels, with 4/9 of the arithmetic.
+
+    **Shapes**: x (B, C, H, W) → (B, C', 2H, 2W).
+    """
+    flipped = F.pad(conv.weight.flip(2, 3), (1, 1, 1, 1))  # (C', C, 5, 5)
+    spread = flipped[:, :, :-1] + flipped[:, :, 1:]
+    spread = spread[:, :, :, :-1] + spread[:, :, :, 1:]  # (C', C, 4, 4)
+    return F.conv_transpose2d(x, spread.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 class UNet(nn.Module):
