@@ -56,7 +56,9 @@ def stage(name: str, network, encoder: FrozenCLIP | None, target: str = "v", **s
     network.eval().requires_grad_(False)
     config = SamplingConfig(**{"sampler": "ddim", "steps": 2} | sampling)
     trained = encoder.fingerprint if encoder else None
-    return Stage(name, network, GaussianDiffusion(DiffusionConfig(target=target)), config, trained)
+    learned = getattr(network.config, "learned_variance", False)
+    diffusion = DiffusionConfig(target=target, learned_variance=learned)
+    return Stage(name, network, GaussianDiffusion(diffusion), config, trained)
 
 
 def unet(attends: bool) -> UNetConfig:

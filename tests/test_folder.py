@@ -41,7 +41,7 @@ def test_a_stage_comes_out_as_it_went_in(tmp_path: Path) -> None:
     folder.write_stage(tmp_path, "decoder", {"size": [1, 2]}, source.state_dict())
     assert folder.read_stage_config(tmp_path, "decoder") == {"size": [1, 2]}
     target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    tensors = folder.read_tensors(tmp_path / "decoder" / "model.safetensors")
+    tensors = folder.TensorFile(tmp_path / "decoder" / "model.safetensors")
     folder.load_tensors(target, tensors, "decoder")
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor)
@@ -64,14 +64,14 @@ def test_tied_and_sliced_tensors_are_written_whole(tmp_path: Path) -> None:
     base = torch.arange(6.0)
     tensors = {"a": base, "b": base, "c": base[2:4], "d": base.view(2, 3).T}
     folder.write_tensors(tmp_path / "x.safetensors", tensors)
-    back = folder.read_tensors(tmp_path / "x.safetensors")
+    back = folder.TensorFile(tmp_path / "x.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 def test_half_precision_export_converts_only_floating_tensors(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(3), "n": torch.arange(3), "m": torch.tensor([True])}
     folder.write_stage(tmp_path, "clip", {}, tensors, dtype=torch.float16)
-    back = folder.read_tensors(tmp_path / "clip" / "model.safetensors")
+    back = folder.TensorFile(tmp_path / "clip" / "model.safetensors")
     assert {n: t.dtype for n, t in back.items()} == {
         "w": torch.float16, "n": torch.int64, "m": torch.bool
     }  # fmt: skip
@@ -98,12 +98,12 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=rf"model.safetensors \({length} bytes\) is trunc"
         ):
-            folder.read_tensors(path)
+            folder.TensorFile(path)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights at .*absent"):
-        folder.read_tensors(tmp_path / "absent.safetensors")
+        folder.TensorFile(tmp_path / "absent.safetensors")
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import nn
 
 from unclip.config import Config, load_config
+from unclip.interop.names import Renamed, prior_names, text_proj_names, unet_names
+from unclip.interop.settings import decoder_config, prior_config, upsampler_config
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
@@ -93,3 +97,85 @@ def test_gpu24_headers_state_the_real_size(name: str) -> None:
     assert f"micro-batches of {run.train.batch // run.train.accumulate} x" in header
     total = float(header.split("float32 bound) = ")[1].split(": ")[1].split(" GB")[0])
     assert 20 * millions / 1e3 < total < 22
+
+
+# As published: PAPER's counts, learned statistics of the prior included.
+PUBLISHED = {
+    "prior": (
+        {"num_attention_heads": 32, "attention_head_dim": 64},
+        PriorTransformer,
+        1_022_030_080,
+    ),
+    "decoder": (
+        {
+            "sample_size": 64,
+            "in_channels": 3,
+            "out_channels": 6,
+            "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "block_out_channels": [320, 640, 960, 1280],
+            "layers_per_block": 3,
+            "cross_attention_dim": 1536,
+            "attention_head_dim": 64,
+            "class_embed_type": "identity",
+            "resnet_time_scale_shift": "scale_shift",
+        },
+        UNet2DConditionModel,
+        885_439_686,
+    ),
+    "upsampler": (
+        {
+            "sample_size": 256,
+            "in_channels": 6,
+            "out_channels": 3,
+            "down_block_types": ["ResnetDownsampleBlock2D"] * 4,
+            "up_block_types": ["ResnetUpsampleBlock2D"] * 4,
+            "block_out_channels": [320, 640, 960, 1280],
+            "layers_per_block": 3,
+            "add_attention": False,
+        },
+        UNet2DModel,
+        691_579_523,
+    ),
+}
+TEXT_PROJ = {"clip_embeddings_dim": 768, "time_embed_dim": 1280, "cross_attention_dim": 1536}
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_karlos_published_sizes_are_ours_tensor_by_tensor(stage: str) -> None:
+    settings, kind, count = PUBLISHED[stage]
+    with torch.device("meta"):
+        theirs, proj = kind(**settings), UnCLIPTextProjModel(**TEXT_PROJ)
+    assert parameters(theirs) == count
+    run, ours = build(f"karlo/{'upsampler_256' if stage == 'upsampler' else stage}.yaml")
+    shapes = {name: x.shape for name, x in ours.state_dict().items()}
+    if stage == "prior":
+        assert prior_config(settings, "prior") == unchecked(run.model)
+        Renamed(prior_names(run.model), theirs.state_dict(), shapes, "prior")
+    elif stage == "decoder":
+        assert decoder_config(settings, TEXT_PROJ, "decoder", "proj") == unchecked(run.model)
+        assert parameters(proj) == 7_878_400
+        Renamed(unet_names(run.model.unet), theirs.state_dict(), shapes, "decoder")
+        Renamed(text_proj_names(run.model), proj.state_dict(), shapes, "text_proj")
+    else:
+        assert upsampler_config(settings, 64, "upsampler") == unchecked(run.model)
+        Renamed(unet_names(run.model.unet), theirs.state_dict(), shapes, "upsampler")
+
+
+def unchecked(model: Any) -> Any:
+    """A network's configuration without gradient checkpointing, which files don't know."""
+    data = model.model_dump()
+    for part in ("transformer", "unet"):
+        if part in data:
+            data[part]["checkpointing"] = False
+    return type(model).model_validate(data)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_256"])
+def test_karlo_headers_state_the_real_size(name: str) -> None:
+    _, model = build(f"karlo/{name}.yaml")
+    header = (CONFIGS / f"karlo/{name}.yaml").read_text(encoding="utf-8")
+    millions = parameters(model) / 1e6
+    assert f"{millions:,.0f} M parameters x 20 bytes" in header
+    assert f"= {20 * millions / 1e3:.1f} GB" in header

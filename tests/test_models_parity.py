@@ -7,17 +7,11 @@ import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from parity import (
-    from_diffusers,
-    prior_names,
-    randomise,
-    text_proj_names,
-    to_diffusers,
-    unet_names,
-)
+from parity import copy_weights, randomise
 from torch.testing import assert_close
 
 from unclip.conditioning import Cond, TextEncoding
+from unclip.interop.names import prior_names, text_proj_names, unet_names
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.layers import ScaleConfig, timestep_embedding
 from unclip.models.prior import DiffusionPrior, PriorConfig
@@ -71,9 +65,7 @@ def test_prior_equals_prior_transformer(
             scale=ScaleConfig(kind="whiten"),
         )
     ).eval()
-    names = prior_names(ours.config)
-    ours.load_state_dict(from_diffusers(names, theirs.state_dict(), ours))
-    assert to_diffusers(names, ours.state_dict()).keys() == theirs.state_dict().keys()
+    copy_weights(ours, (prior_names(ours.config), theirs))
 
     batch = len(real)
     text = text_encoding(batch, context, embed, embed, real)
@@ -186,11 +178,7 @@ def test_decoder_equals_unet2d_condition_model(
             unet=unet,
         )
     ).eval()
-    state = from_diffusers(unet_names(unet), theirs.state_dict(), ours)
-    state |= from_diffusers(text_proj_names(ours.config), text_proj.state_dict(), ours)
-    state |= {name: ours.state_dict()[name] for name in ("scale.mean", "scale.std")}
-    ours.load_state_dict(state)
-    assert to_diffusers(unet_names(unet), state).keys() == theirs.state_dict().keys()
+    copy_weights(ours, (unet_names(unet), theirs), (text_proj_names(ours.config), text_proj))
 
     batch, length = len(real), 9
     text = text_encoding(batch, length, text_width, embed, real)
@@ -256,9 +244,7 @@ def test_upsampler_equals_unet2d_model(
     ).eval()
     randomise(theirs, seed=1)
     ours = Upsampler(UpsamplerConfig(low=4, high=16, unet=unet)).eval()
-    state = from_diffusers(unet_names(unet), theirs.state_dict(), ours)
-    ours.load_state_dict(state)
-    assert to_diffusers(unet_names(unet), state).keys() == theirs.state_dict().keys()
+    copy_weights(ours, (unet_names(unet), theirs))
 
     x_t, low_res = torch.randn(2, 2, 3, 16, 24).unbind(0)
     t = torch.tensor([0, 998])

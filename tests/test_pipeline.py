@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from unclip.data.images import to_tensor
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
-from unclip.stages import CHUNK_PIXELS, chunk_size
+from unclip.stages import chunk_size, resident
 
 APPLE, SQUARES = "a red apple", "a blue square and two green circles"
 LEVEL = 2 / 255  # one of 256 levels: what rounding to 8 bits may cost
@@ -319,11 +320,44 @@ def test_damaged_folders_are_checkpoint_errors(model_folder, tmp_path):
 
 
 def test_a_chunk_is_64_small_pictures_and_never_none():
-    assert [chunk_size(side) for side in (64, 256, 1024)] == [64, 4, 1]
-    assert chunk_size(CHUNK_PIXELS) == 1
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert [chunk_size(side, cpu) for side in (64, 256, 1024)] == [16, 1, 1]
+    assert [chunk_size(side, other) for side in (64, 256, 1024)] == [64, 4, 1]
 
 
 def test_models_are_equal_for_equal_seeds():
     a, b = tiny_pipeline(), tiny_pipeline()
     same(a.text_to_image(APPLE, size=16)[0], b.text_to_image(APPLE, size=16)[0], levels=0)
     assert np.asarray(a.text_to_image(APPLE, size=16)[0]).std() > 5
+
+
+def test_weights_visit_a_device_and_stay_where_they_live():
+    layer = torch.nn.Linear(2, 2)
+    layer.register_buffer("constant", torch.ones(1))
+    home = layer.weight.data_ptr()
+    with pytest.raises(KeyboardInterrupt), resident([layer, None], torch.device("meta")):
+        assert {x.device.type for x in layer.state_dict().values()} == {"meta"}
+        raise KeyboardInterrupt
+    assert layer.weight.data_ptr() == home and layer.constant.device.type == "cpu"
+
+
+def test_offloading_has_one_stage_at_a_time_on_the_device(model_folder, pipe, monkeypatch):
+    expected = pipe.text_to_image(APPLE, seed=4, size=32)[0]
+    offloaded = UnCLIP.from_pretrained(model_folder, offload=True)
+    names = {id(stage.network): stage.name for stage in offloaded.stages}
+    names[id(offloaded.clip)] = "clip"
+    visits, present = [], []
+
+    @contextmanager
+    def spy(modules, device):
+        assert not present, "two at once"
+        present.append(names[id(modules[0])])
+        visits.append(present[0])
+        yield
+        present.clear()
+
+    monkeypatch.setattr("unclip.pipeline.resident", spy)
+    images = offloaded.text_to_image(APPLE, seed=4, size=32)
+    same(images[0], expected, levels=0)
+    assert [name for name in visits if name != "clip"] == ["prior", "decoder", "upsampler_32"]
+    assert visits[0] == "clip"

@@ -75,9 +75,9 @@ def test_every_shipped_configuration_loads(path):
     load_config(ROOT / path, [], schema(path))
 
 
-def test_all_four_stacks_are_there():
+def test_all_stacks_are_there():
     stacks = {path.parent.name for path in CONFIGS}
-    assert stacks == {"dalle2", "gpu24", "emoji", "shapes"}
+    assert stacks == {"dalle2", "gpu24", "karlo", "emoji", "shapes"}
 
 
 def test_a_prior_learns_the_scaled_embedding_of_its_own_picture(model_folder):

@@ -14,12 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_task import TinyBatch, TinyConfig, TinyModel, TinyTask, stream
+from conftest import tiny_upsampler
+from parity import randomise
+from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
 
 from unclip.errors import CheckpointError, ConfigError, DivergedError
-from unclip.folder import read_stage_config, read_tensors, resolve_folder, write_stage
+from unclip.folder import TensorFile, read_stage_config, resolve_folder, write_stage
 from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
 
@@ -147,7 +149,7 @@ def test_accumulation_equals_the_full_batch(tmp_path: Path) -> None:
     for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
         assert_close(a["loss"], b["loss"], rtol=1e-5, atol=1e-6)
         assert_close(a["grad_norm"], b["grad_norm"], rtol=1e-4, atol=1e-6)
-    a, b = (read_tensors(path / "training" / "weights.safetensors") for path in (whole, parts))
+    a, b = (TensorFile(path / "training" / "weights.safetensors") for path in (whole, parts))
     assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -244,8 +246,8 @@ def test_training_starts_from_given_weights(tmp_path: Path) -> None:
     first = run(config(tmp_path / "a"))
     again = config(tmp_path / "b", init=str(tmp_path / "a"), steps=1, lr=1e-12)
     second = run(again)
-    averaged = read_tensors(first / "prior" / "model.safetensors")
-    assert_close(read_tensors(second / "training" / "weights.safetensors"), averaged)
+    averaged = TensorFile(first / "prior" / "model.safetensors")
+    assert_close(TensorFile(second / "training" / "weights.safetensors"), averaged)
     # A second start resumes instead of starting from them again.
     longer = again.train.model_copy(update={"steps": 3})
     assert run(again.model_copy(update={"train": longer})).name == "step-3"
@@ -261,10 +263,12 @@ def test_weights_to_start_from_must_be_of_the_same_stage(tmp_path: Path) -> None
 
 
 def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> None:
-    first, second = TinyModel(0.0), TinyModel(0.0)
-    write_stage(tmp_path / "w", "upsampler_64", {}, first.state_dict())
-    load_init(SimpleNamespace(name="upsampler_128"), second, tmp_path / "w")
-    assert_close(second.state_dict(), first.state_dict())
+    first, second = tiny_upsampler(32), tiny_upsampler(64)
+    first.save(tmp_path / "w")
+    network = second.network.requires_grad_(False)
+    randomise(network, seed=9)
+    load_init(SimpleNamespace(name=second.name, stage=second), network, tmp_path / "w")
+    assert_close(network.state_dict(), first.network.state_dict())
 
 
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
@@ -275,7 +279,7 @@ def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> Non
     a, b = (lines(tmp_path / name)[0]["loss"] for name in "ab")
     assert a != b
     assert_close(a, b, rtol=0.02, atol=0)
-    for tensor in read_tensors(low / "training" / "weights.safetensors").values():
+    for tensor in TensorFile(low / "training" / "weights.safetensors").values():
         assert tensor.dtype == torch.float32
     assert "autocast" not in repr(task.model.forward)
     assert_close(task.model(torch.ones(1, 4)), task.model.eval()(torch.ones(1, 4)), rtol=0, atol=0)
@@ -285,12 +289,12 @@ def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
     path = run(config(tmp_path))
     assert resolve_folder(tmp_path) == path
     assert read_stage_config(path, "prior") == {"width": 8}
-    averaged = read_tensors(path / "prior" / "model.safetensors")
-    live = read_tensors(path / "training" / "weights.safetensors")
+    averaged = TensorFile(path / "prior" / "model.safetensors")
+    live = TensorFile(path / "training" / "weights.safetensors")
     assert averaged.keys() == live.keys()
     assert not torch.equal(averaged["lift.weight"], live["lift.weight"])
     assert torch.equal(averaged["scale"], live["scale"])
-    optimizer = read_tensors(path / "training" / "optimizer.safetensors")
+    optimizer = TensorFile(path / "training" / "optimizer.safetensors")
     assert optimizer["step.mix.weight"] == 12
     assert optimizer["exp_avg.mix.weight"].shape == live["mix.weight"].shape
 

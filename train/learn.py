@@ -31,9 +31,10 @@ from unclip.data.images import gradient_energy, grid, psnr, resize, to_pil, to_t
 from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.diffusion.sampling import sample
 from unclip.errors import exit_on_error
-from unclip.folder import checkpoint_step, newest_checkpoint, resolve_folder
+from unclip.folder import checkpoint_step, newest_checkpoint
 from unclip.pipeline import UnCLIP
-from unclip.stages import Stage, load_stage
+from unclip.sources import Source
+from unclip.stages import Stage
 
 CONFIGS = Path("configs/shapes")
 FIGURES = ("colour", "shape", "position", "size", "binding", "exact")
@@ -106,9 +107,7 @@ def train(step: Step, out: Path, seconds: dict[str, float]) -> None:
 def assemble(out: Path) -> UnCLIP:
     """Gather the stages' newest averaged weights in one model folder, `out/model`."""
     diffusion = [
-        load_stage(resolve_folder(out / step.name), step.name)
-        for step in STEPS
-        if step.name != "clip"
+        Source(out / step.name).stage(step.name).load() for step in STEPS if step.name != "clip"
     ]
     prior, decoder, *upsamplers = diffusion
     clip = FrozenCLIP.load(str(out / "clip"))

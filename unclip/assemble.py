@@ -9,9 +9,10 @@ import torch
 
 from unclip.clip import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
-from unclip.folder import INDEX, read_index, resolve_folder
+from unclip.folder import INDEX, resolve_folder
 from unclip.pipeline import UnCLIP
-from unclip.stages import Stage, load_stage
+from unclip.sources import Source
+from unclip.stages import Stage
 
 
 def assemble(
@@ -22,7 +23,7 @@ def assemble(
     upsamplers: Sequence[str | Path],
     dtype: torch.dtype = torch.float32,
 ) -> UnCLIP:
-    """Take each stage from a run's newest checkpoint or a model folder and write `out`.
+    """Take each stage from a run's newest checkpoint or a folder, ours or Karlo's, and write `out`.
 
     **Raises**: `ConfigError` if there is nothing to do or `out` holds a model already;
     `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
@@ -32,7 +33,7 @@ def assemble(
         raise ConfigError("nothing to assemble: name at least one of clip, prior, decoder, …")
     if (out / INDEX).exists():
         raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
-    encoder = FrozenCLIP.load(str(resolve_folder(clip) / "clip")) if clip is not None else None
+    encoder = FrozenCLIP.load(str(resolve_folder(clip))) if clip is not None else None
     chosen = [stage for source in upsamplers for stage in _upsamplers(source)]
     names = [stage.name for stage in chosen]
     for name in names:
@@ -40,8 +41,8 @@ def assemble(
             raise ConfigError(f"{name} is in more than one of the folders given")
     pipe = UnCLIP(
         encoder,
-        load_stage(resolve_folder(prior), "prior") if prior is not None else None,
-        load_stage(resolve_folder(decoder), "decoder") if decoder is not None else None,
+        Source(prior).stage("prior").load() if prior is not None else None,
+        Source(decoder).stage("decoder").load() if decoder is not None else None,
         chosen,
     )
     try:
@@ -51,9 +52,9 @@ def assemble(
     return pipe
 
 
-def _upsamplers(source: str | Path) -> list[Stage]:
-    root = resolve_folder(source)
-    names = [str(name) for name in read_index(root)["stages"] if str(name).startswith("upsampler")]
-    if not names:
-        raise CheckpointError(f"no upsampler in {root}")
-    return [load_stage(root, name) for name in names]
+def _upsamplers(name: str | Path) -> list[Stage]:
+    source = Source(name)
+    found = [stored for stored in source.stages.values() if stored.stage.kind == "upsampler"]
+    if not found:
+        raise CheckpointError(f"no upsampler in {source.root}")
+    return [stored.load() for stored in found]

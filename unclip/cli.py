@@ -6,6 +6,7 @@ What needs torch is imported inside the verbs, so that a mistyped option answers
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -40,9 +41,13 @@ Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. 
 Tile = Annotated[int | None, typer.Option(help="Upsample in tiles of this side: less memory.")]
 Out = Annotated[Path, typer.Option(help="A folder, or a .png file for a single picture.")]
 Model = Annotated[
-    Path | None, typer.Option(help="A model folder or a run [default: the shipped weights].")
+    Path | None,
+    typer.Option(help="A model folder, a run or a hub id [default: the shipped weights]."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …, or auto.")]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep one stage at a time on the device: less memory.")
+]
 Precision = Annotated[Dtype, typer.Option("--dtype", help="Precision of the networks.")]
 
 
@@ -56,8 +61,12 @@ def text(
     guidance: Guidance = None,
     sampler: Sampler = None,
     prior_candidates: Annotated[
-        int, typer.Option(min=1, help="Embeddings drawn for each picture; the closest is kept.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Embeddings drawn for each picture; the closest is kept [default: the model's].",
+        ),
+    ] = None,
     candidates: Annotated[
         int, typer.Option(min=1, help="Pictures drawn for each one kept, by CLIP score.")
     ] = 1,
@@ -66,6 +75,7 @@ def text(
     model: Model = None,
     device: Device = "auto",
     dtype: Precision = "fp32",
+    offload: Offload = False,
 ) -> None:
     """Make pictures of one or several prompts."""
     from unclip.output import Writer
@@ -74,7 +84,7 @@ def text(
     options = by_stage(steps, guidance, sampler) | {"size": size, "tile": tile}
     options |= {"prior_candidates": prior_candidates, "candidates": candidates}
     writer = Writer(out, len(labels))
-    pipe = load(model, device, dtype, writer, options, verb="text")
+    pipe = load(model, device, dtype, offload, writer, options, verb="text")
 
     def make(rows: slice, first: int) -> list[Image]:
         return pipe.text_to_image(labels[rows], seed=first, **options)
@@ -104,6 +114,7 @@ def vary(
     model: Model = None,
     device: Device = "auto",
     dtype: Precision = "fp32",
+    offload: Offload = False,
 ) -> None:
     """Make variations of a picture, or pictures of embeddings that `embed` wrote."""
     from unclip.data.images import load_image
@@ -115,7 +126,7 @@ def vary(
     embedded = source.suffix in SUFFIXES
     image = None if embedded else load_image(source)
     writer = Writer(out, n)
-    pipe = load(model, device, dtype, writer, options, verb="vary", source=source.name)
+    pipe = load(model, device, dtype, offload, writer, options, verb="vary", source=source.name)
     if image is None:
         z_image, keys = read_embeddings(source, pipe.encoder)
     else:
@@ -155,7 +166,7 @@ def embed(
     from unclip.stages import BAR_AFTER
 
     make_folder(out.parent)
-    clip = FrozenCLIP.load(str(resolve_folder(model or default_model()) / "clip"))
+    clip = FrozenCLIP.load(str(resolve_folder(model or default_model())))
     encoder = clip.fingerprint  # taken in float32 and kept
     pipe = UnCLIP(clip.to(to_device(device), to_dtype(dtype)))
     bar = tqdm(images, desc="embed", disable=not on_terminal(), delay=BAR_AFTER, leave=False)
@@ -178,6 +189,7 @@ def upscale(
     model: Model = None,
     device: Device = "auto",
     dtype: Precision = "fp32",
+    offload: Offload = False,
 ) -> None:
     """Enlarge a picture with the upsamplers; single values of options are for all of them."""
     from unclip.data.images import load_image
@@ -185,7 +197,7 @@ def upscale(
 
     options = by_stage(steps, guidance, sampler) | {"size": size, "tile": tile}
     picture, writer = load_image(image), Writer(out, 1)
-    pipe = load(model, device, dtype, writer, options, verb="upscale", source=image.name)
+    pipe = load(model, device, dtype, offload, writer, options, verb="upscale", source=image.name)
     larger = pipe.upscale(picture, seed=seed, **options)
     writer.save(larger, f"{image.stem} {larger.width}px", seed)
 
@@ -193,7 +205,8 @@ def upscale(
 @app.command()
 def info(
     folder: Annotated[
-        Path | None, typer.Argument(help="A model folder or a run [default: the shipped weights].")
+        Path | None,
+        typer.Argument(help="A model folder, a run or a hub id [default: the shipped weights]."),
     ] = None,
 ) -> None:
     """List the stages of a model: parameters, sizes, samplers, encoder, megabytes on disk."""
@@ -232,6 +245,29 @@ def assemble(
     from unclip.assemble import assemble as collect
 
     collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype))
+    print(out)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A model folder, a folder like Karlo's, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Precision of the stored weights [default: as they are].")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too, tensors only.")
+    ] = False,
+) -> None:
+    """Carry a model from Karlo's (diffusers') layout to ours, or from ours to Karlo's."""
+    from unclip.folder import resolve_folder
+    from unclip.interop.convert import convert as carry
+
+    root = resolve_folder(source, allow_pickle=allow_pickle)
+    for note in carry(root, out, to_dtype(dtype) if dtype else None, allow_pickle=allow_pickle):
+        print(f"note: {note}", file=sys.stderr)
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""The frozen CLIP encoder (Section 2): where it comes from, what it gives, and which one it is.
+"""The frozen CLIP encoder (Section 2): what it gives, and which one it is.
 
 B batch, D CLIP embedding, L text positions, W text width, R the tower's picture side.
 """
@@ -17,32 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.conditioning import TextEncoding
-from unclip.config import Config, parse_config
+from unclip.config import Config
 from unclip.data.images import to_rgb, to_tensor
-from unclip.errors import CheckpointError, ConfigError
-from unclip.folder import (
-    CONFIG,
-    WEIGHTS,
-    load_tensors,
-    read_json,
-    read_tensors,
-    resolve_folder,
-    write_stage,
-)
-from unclip.preprocessing import (
-    PreprocessConfig,
-    resize_and_crop,
-    resize_pil,
-    transformers_preprocess,
-)
-from unclip.towers import (
-    BpeTokenizer,
-    ClipConfig,
-    OpenClipTowers,
-    TransformersTokenizer,
-    TransformersTowers,
-    build_clip,
-)
+from unclip.errors import CheckpointError
+from unclip.folder import write_stage
+from unclip.preprocessing import PreprocessConfig, resize_and_crop, resize_pil
+from unclip.towers import BpeTokenizer, OpenClipTowers, TransformersTowers
 
 Towers = OpenClipTowers | TransformersTowers
 PROBE_TEXTS = ("", "a red apple", "two dogs playing in the snow")
@@ -52,7 +32,8 @@ SAME = 0.999  # fp16 and fp32, open_clip and transformers copies of one tower ag
 class Fingerprint(Config):
     """Which encoder made an embedding. `name` is for messages; everything else must agree.
 
-    **Shapes**: probes (6, D) unit norm: three fixed pictures, then three fixed sentences.
+    **Shapes**: probes (6, D) unit norm: three fixed pictures (empty without image tower), then
+    three fixed sentences.
     """
 
     name: str
@@ -77,7 +58,9 @@ def check_same_encoder(a: Fingerprint, b: Fingerprint, what: str) -> None:
         if getattr(a, key) != getattr(b, key)
     ]
     if not differs:
-        cosine = F.cosine_similarity(torch.tensor(a.probes), torch.tensor(b.probes), dim=-1).min()
+        pairs = [pair for pair in zip(a.probes, b.probes, strict=True) if all(pair)]
+        ours, theirs = torch.tensor(pairs).unbind(1)  # (n, D) each, of the probes that both have
+        cosine = F.cosine_similarity(ours, theirs, dim=-1).min()
         if not cosine >= SAME:
             differs = [f"embeddings of the probes agree only to cosine {cosine:.4f}"]
     if differs:
@@ -106,23 +89,13 @@ class FrozenCLIP(nn.Module):
     def load(
         cls, source: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> FrozenCLIP:
-        """Load an encoder.
-
-        `source` is a model folder or its `clip` stage, a run of `train/clip.py`, a transformers
-        CLIP folder, or an open_clip name and tag (or weights file) such as `ViT-L-14/openai`.
+        """Load an encoder; `clip_sources` says which sources there are.
 
         **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
         """
-        path = Path(source)
-        if not path.is_dir():
-            clip = _from_open_clip(source)
-        elif not (path / CONFIG).is_file():
-            clip = _from_stage(resolve_folder(path) / "clip")
-        elif read_json(path / CONFIG).get("model_type") == "clip":
-            clip = _from_transformers(path)
-        else:
-            clip = _from_stage(path)
-        return clip.to(device, dtype)
+        from unclip.clip_sources import open_encoder
+
+        return open_encoder(source, dtype).to(device, dtype)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage `clip` of a model folder; `load` reads it back."""
@@ -133,7 +106,7 @@ class FrozenCLIP(nn.Module):
             vision: Any = self.towers.vision
             config["transformers"] = {
                 "text": text.config.to_dict(),
-                "vision": vision.config.to_dict(),
+                "vision": None if vision is None else vision.config.to_dict(),
             }
             self._check_tokenizer()
         else:
@@ -183,6 +156,11 @@ class FrozenCLIP(nn.Module):
         return TextEncoding(tokens, mask, embed)
 
     @property
+    def has_images(self) -> bool:
+        """Whether there is an image tower."""
+        return getattr(self.towers, "vision", self.towers) is not None
+
+    @property
     def null_text(self) -> TextEncoding:
         """The encoded empty string, one row."""
         if self._null is None or self._null.embed.device != self.device:
@@ -192,8 +170,10 @@ class FrozenCLIP(nn.Module):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """What tells this encoder from others; equal for copies in other formats or precisions."""
-        z = torch.cat([self.encode_image(_probes()), self.encode_text(PROBE_TEXTS).embed])
-        unit = F.normalize(z.float().cpu(), dim=-1)
+        z_text = self.encode_text(PROBE_TEXTS).embed  # (3, D)
+        # An encoder without image tower has no answer to the pictures.
+        pictures = self.encode_image(_probes()) if self.has_images else z_text.new_zeros(3, 0)
+        unit = [F.normalize(z.float().cpu(), dim=-1) for z in (pictures, z_text)]
         return Fingerprint(
             name=self.name,
             width=self.width,
@@ -202,7 +182,7 @@ class FrozenCLIP(nn.Module):
             tokenizer=_digest(self.towers.tokenizer.raw(PROBE_TEXTS)),
             padding="on the right, masked",
             preprocessing=self.preprocess.describe(),
-            probes=[[round(value, 6) for value in row] for row in unit.tolist()],
+            probes=[[round(value, 6) for value in row] for part in unit for row in part.tolist()],
         )
 
     def _model_config(self) -> dict[str, Any]:
@@ -220,122 +200,6 @@ class FrozenCLIP(nn.Module):
                 f"{self.name!r} does not use CLIP's own byte-pair vocabulary, "
                 "so a model folder can't hold it"
             )
-
-
-def _from_stage(stage: Path) -> FrozenCLIP:
-    where = str(stage / CONFIG)
-    data = read_json(stage / CONFIG)
-    try:
-        return _build_stage(stage, data, where)
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where} can't be used: {error}") from None
-
-
-def _build_stage(stage: Path, data: dict[str, Any], where: str) -> FrozenCLIP:
-    towers: Towers
-    if "model_cfg" in data:
-        config = parse_config(data["model_cfg"], ClipConfig, where)
-        tokenizer = BpeTokenizer(config.text_cfg.context_length, data.get("vocabulary"))
-        model = build_clip(config)
-        towers = OpenClipTowers(model, tokenizer, config)
-    elif "transformers" in data:
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            CLIPVisionConfig,
-            CLIPVisionModelWithProjection,
-        )
-
-        text = CLIPTextModelWithProjection(CLIPTextConfig(**data["transformers"]["text"]))
-        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**data["transformers"]["vision"]))
-        tokenizer = BpeTokenizer(text.config.max_position_embeddings)
-        model = towers = TransformersTowers(text, vision, tokenizer)
-    else:
-        raise CheckpointError(f"{where} describes no CLIP encoder: it has no 'model_cfg'")
-    load_tensors(model, read_tensors(stage / WEIGHTS), str(stage / WEIGHTS))
-    preprocess = parse_config(data["preprocess_cfg"], PreprocessConfig, where)
-    return FrozenCLIP(towers, preprocess, data["name"])
-
-
-def _from_open_clip(source: str) -> FrozenCLIP:
-    import open_clip
-
-    name, _, tag = source.partition("/")
-    if name not in open_clip.list_models() or not tag:
-        raise ConfigError(
-            f"clip = {source!r} is neither a folder nor an open_clip name and tag; expected for "
-            "example weights/emoji, runs/emoji/clip or ViT-L-14/openai"
-        )
-    if Path(tag).suffix and Path(tag).suffix != ".safetensors" and Path(tag).is_file():
-        raise CheckpointError(f"{tag}: only .safetensors weights are loaded from a file")
-    trained = open_clip.pretrained.get_pretrained_cfg(name, tag)
-    if not trained and not Path(tag).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise ConfigError(f"open_clip has no weights {tag!r} for {name}; it has: {tags}")
-    # Weights trained with QuickGELU lose accuracy without a word under the plain name.
-    quick = bool(trained.get("quick_gelu", False))
-    try:
-        model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick)
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"open_clip could not load {source!r}: {error}") from None
-    found = open_clip.get_model_preprocess_cfg(model)
-    size = found["size"] if isinstance(found["size"], int) else found["size"][0]
-    kept = {key: found[key] for key in PreprocessConfig.model_fields if key in found}
-    preprocess = PreprocessConfig(**{**kept, "size": size})
-    described: Any = open_clip.get_model_config(name)
-    if quick:
-        described["quick_gelu"] = True
-    try:
-        config = parse_config(described, ClipConfig, name)
-    except ConfigError:
-        config = None  # usable, but beyond what a model folder describes
-    if described["text_cfg"].get("hf_tokenizer_name"):
-        raise CheckpointError(f"{name} does not use CLIP's own byte-pair tokenizer")
-    tokenizer = BpeTokenizer(described["text_cfg"].get("context_length", 77))
-    return FrozenCLIP(OpenClipTowers(model, tokenizer, config), preprocess, source)
-
-
-def _from_transformers(path: Path) -> FrozenCLIP:
-    from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-
-    try:
-        load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        both = CLIPModel.from_pretrained(path, **load)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete transformers CLIP folder: {error}"
-        ) from None
-    for config in (both.config.text_config, both.config.vision_config):
-        config.projection_dim = both.config.projection_dim
-    with torch.device("meta"):  # shells: their parts come from the loaded model
-        text = CLIPTextModelWithProjection(both.config.text_config)
-        vision = CLIPVisionModelWithProjection(both.config.vision_config)
-    text.text_model, text.text_projection = both.text_model, both.text_projection
-    vision.vision_model, vision.visual_projection = both.vision_model, both.visual_projection
-    processor = path / "preprocessor_config.json"
-    data = read_json(processor) if processor.is_file() else {}
-    preprocess = transformers_preprocess(data, vision.config.image_size)
-    return from_transformers(text, vision, path, preprocess, path.name)
-
-
-def from_transformers(
-    text: nn.Module, vision: nn.Module, tokenizer: Path, preprocess: PreprocessConfig, name: str
-) -> FrozenCLIP:
-    """An encoder of transformers' two CLIP models and the folder of their tokenizer.
-
-    `text` is a `CLIPTextModelWithProjection`, `vision` a `CLIPVisionModelWithProjection`.
-    """
-    from transformers import CLIPTokenizer
-
-    config: Any = text.config
-    context = config.max_position_embeddings
-    try:
-        # Without model_max_length nothing is truncated.
-        bpe = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=context)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
-    towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
-    return FrozenCLIP(towers, preprocess, name)
 
 
 def _probes() -> Tensor:

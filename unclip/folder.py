@@ -13,13 +13,13 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip.errors import CheckpointError
@@ -28,6 +28,8 @@ FORMAT = 1
 INDEX = "unclip.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+WEIGHTS_LAST = "model_last.safetensors"  # a second network, for the last sampling step
+PIPELINE = "model_index.json"  # of diffusers' folders, Karlo's among them
 MANIFEST = "manifest.json"
 _ORDER = ("clip", "prior", "ar_prior", "decoder")
 
@@ -128,24 +130,45 @@ def write_tensors(
     os.replace(beside, path)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU.
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file whose tensors are read, onto the CPU, as they are asked for.
 
     **Raises**: `CheckpointError` if the file is missing, truncated or something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}"
-        ) from None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise CheckpointError(f"no weights at {path}")
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} ({self.path.stat().st_size} bytes) is truncated or not a safetensors "
+                f"file: {error}"
+            ) from None
+        self._names = list(self._file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape, from the header."""
+        return list(self._file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors into a model; names and shapes must all match. `what` names them in errors.
+    """Copy tensors into a model one by one; names and shapes must all match.
+
+    `what` names them in errors. A `TensorFile` never has more than one tensor in memory.
 
     **Raises**: `CheckpointError` naming what is missing, left over, or of another shape.
     """
@@ -154,26 +177,41 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
         "missing": [name for name in expected if name not in tensors],
         "left over": [name for name in tensors if name not in expected],
         "of another shape": [
-            f"{name} {_shape(tensors[name])}, expected {_shape(tensor)}"
+            f"{name} {_shape(shape_of(tensors, name))}, expected {_shape(tensor.shape)}"
             for name, tensor in expected.items()
-            if name in tensors and tensors[name].shape != tensor.shape
+            if name in tensors and shape_of(tensors, name) != list(tensor.shape)
         ],
     }
-    problems = [f"{len(found)} {how} ({_some(found)})" for how, found in wrong.items() if found]
+    problems = [f"{len(found)} {how} ({some(found)})" for how, found in wrong.items() if found]
     if problems:
         raise CheckpointError(f"{what} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(dict(tensors))
+    with torch.no_grad():
+        for name, target in expected.items():
+            target.copy_(tensors[name])
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """The model folder that a path means: itself, or a run's newest sound checkpoint.
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> list[int]:
+    """A tensor's shape, from the header where it is in a file."""
+    known = getattr(tensors, "shape", None)  # of one that reads when asked
+    return known(name) if known is not None else list(tensors[name].shape)
+
+
+def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
+    """The model folder that a name means: itself, a run's newest sound checkpoint, or a hub id's.
+
+    A folder in Karlo's layout is one too. `allow_pickle` downloads `.bin` files as well.
 
     **Raises**: `CheckpointError` if there is none.
     """
-    path = Path(path)
+    path = Path(source)
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+    if is_id and not path.parent.is_dir():  # below a folder that is there it would be a path
+        path = _download(str(source), allow_pickle)
     if (path / INDEX).is_file():
         if (path / MANIFEST).is_file():
             check_manifest(path, training=False)
+        return path
+    if (path / PIPELINE).is_file():
         return path
     if (path / "checkpoints").is_dir():
         newest = newest_checkpoint(path, training=False)
@@ -184,9 +222,23 @@ def resolve_folder(path: str | Path) -> Path:
         raise CheckpointError(f"no model at {path}: there is no such folder")
     hint = f"; did you mean {path.parent}?" if (path.parent / INDEX).is_file() else ""
     raise CheckpointError(
-        f"no model at {path}: expected a model folder (with {INDEX}) "
-        f"or a run folder (with checkpoints/){hint}"
+        f"no model at {path}: expected a model folder (with {INDEX}, or {PIPELINE} as diffusers "
+        f"has it) or a run folder (with checkpoints/){hint}"
     )
+
+
+def _download(repo: str, allow_pickle: bool) -> Path:
+    """The newest snapshot of a model on the Hugging Face hub, from the cache where it is there."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"no model at {repo}: there is no such folder, and the hub gave none ({reason})"
+        ) from None
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -299,9 +351,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _shape(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides)) or "scalar"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of many, for an error message."""
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

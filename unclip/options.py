@@ -21,8 +21,8 @@ BY_STAGE = ("steps", "guidance", "sampler")
 class Options:
     """What a call asks for beyond a model's own defaults, the same for every verb.
 
-    `steps`, `guidance` and `sampler` are one value for the decoder (for the upsamplers where no
-    decoder runs) or a dict by stage name. `eta` is the decoder's, and DDIM's only. `tile` runs
+    `steps`, `guidance` and `sampler` are one value for the decoder (or for what runs where it
+    doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only. `tile` runs
     upsamplers on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
     picture and the one closest to its text is kept; `candidates` pictures are finished for each
     one returned and the best by CLIP score is kept.
@@ -36,14 +36,15 @@ class Options:
     sampler: ByStage = None
     eta: float | None = None
     tile: int | None = None
-    prior_candidates: int = 2
+    prior_candidates: int | None = None
     candidates: int = 1
     progress: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prior_candidates", "candidates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: must be at least 1")
         scales = self.guidance.values() if isinstance(self.guidance, dict) else [self.guidance]
         for scale in scales:
             if isinstance(scale, float) and not math.isfinite(scale):

@@ -5,7 +5,8 @@ B pictures, D CLIP embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
 from unclip.conditioning import Cond, TextEncoding
 from unclip.data.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
 from unclip.errors import CheckpointError, ConfigError, DataError
-from unclip.folder import read_index, resolve_folder
+from unclip.folder import update_index
 from unclip.options import Options
-from unclip.stages import Stage, load_stage
+from unclip.sources import Source
+from unclip.stages import Stage, resident
 
 
 class UnCLIP:
@@ -40,10 +42,12 @@ class UnCLIP:
         upsamplers: Sequence[Stage] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        prior_candidates: int = 2,
     ):
         self.clip, self.prior, self.decoder = clip, prior, decoder
         self.upsamplers = sorted(upsamplers, key=lambda stage: stage.network.config.high)
         self.device, self.dtype = torch.device(device), dtype
+        self.prior_candidates = prior_candidates  # unless a call says otherwise
         for stage in (prior, decoder):
             if stage is not None and stage.encoder is not None and self.encoder is not None:
                 check_same_encoder(self.encoder, stage.encoder, stage.name)
@@ -54,21 +58,37 @@ class UnCLIP:
         folder: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        upsampler_1024: str | Path | None = None,
+        offload: bool = False,
     ) -> UnCLIP:
-        """Load a model folder or a run folder (its newest checkpoint).
+        """Load a model folder, a run folder (its newest checkpoint) or one in Karlo's layout.
+
+        `folder` is on this machine or a hub id such as `kakaobrain/karlo-v1-alpha`.
+        `upsampler_1024` is a folder from which that stage is taken. With `offload` weights stay in
+        main memory and only the stage at work is on `device`.
 
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
-        root = resolve_folder(folder)
-        names = [str(name) for name in read_index(root)["stages"]]
-        stages = {n: load_stage(root, n, device, dtype) for n in names if n != "clip"}
-        clip = None
-        if "clip" in names:
-            clip = FrozenCLIP.load(str(root / "clip"))
-            _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
-            clip = clip.to(device, dtype)
-        upsamplers = [stage for stage in stages.values() if stage.kind == "upsampler"]
-        return cls(clip, stages.get("prior"), stages.get("decoder"), upsamplers, device, dtype)
+        source = Source(folder)
+        stored = dict(source.stages)
+        if upsampler_1024 is not None:
+            stored["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")
+        home = torch.device("cpu" if offload else device)
+        clip = source.clip(dtype)
+        if clip is not None:
+            if not source.published:
+                _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
+            clip = clip.to(home, dtype)
+        stages = {name: one.load(home, dtype) for name, one in stored.items()}
+        return cls(
+            clip,
+            stages.get("prior"),
+            stages.get("decoder"),
+            [stage for stage in stages.values() if stage.kind == "upsampler"],
+            device,
+            dtype,
+            source.prior_candidates,
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write every stage as a model folder, in `dtype` or as they are."""
@@ -77,6 +97,7 @@ class UnCLIP:
             self.clip.save(folder, dtype)
         for stage in self.stages:
             stage.save(folder, dtype=dtype)
+        update_index(folder, prior_candidates=self.prior_candidates)
 
     @property
     def stages(self) -> list[Stage]:
@@ -102,12 +123,13 @@ class UnCLIP:
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
-        return self._clip().encode_text(_list(prompts)).embed
+        return self._encode_text(_list(prompts)).embed
 
     def encode_image(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
         images = [images] if isinstance(images, Image.Image) else list(images)
-        return self._clip().encode_pil([_square(image) for image in images])
+        with self._resident_clip() as clip:
+            return clip.encode_pil([_square(image) for image in images])
 
     def text_to_image(
         self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
@@ -116,13 +138,32 @@ class UnCLIP:
         opts, prompts = Options.of(options), _list(prompt)
         prior = self._need("prior", "text to image; without one, make variations of a picture")
         self._check(opts, n)
-        text = self._clip().encode_text(prompts).repeat(n)
+        text = self._encode_text(prompts).repeat(n)
 
         def make(generators: list[torch.Generator]) -> list[Image.Image]:
             z_image = self._sample_prior(prior, text, generators, opts)
             return self._decode(z_image, text, generators, opts)
 
         return self._best(make, text, n * len(prompts), seed, opts)
+
+    def text_to_embedding(
+        self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
+    ) -> Tensor:
+        """n raw CLIP image embeddings for each prompt, prompt-major, of which pictures can be made.
+
+        **Shapes**: B prompts → (B n, D) float32.
+        """
+        opts, prompts = Options.of(options), _list(prompt)
+        prior = self._need("prior", "embeddings of text")
+        if n < 1:
+            raise ConfigError(f"n = {n}: must be at least 1")
+        opts = opts.spread([prior])
+        opts.check(self.stages)
+        text = self._encode_text(prompts).repeat(n)
+        seeds = range(seed, seed + n * len(prompts))
+        return self._sample_prior(
+            prior, text, [torch.Generator().manual_seed(s) for s in seeds], opts
+        )
 
     def image_from_embedding(
         self,
@@ -154,7 +195,7 @@ class UnCLIP:
             raise ConfigError(f"{len(captions)} captions for {len(z_image)} embeddings")
         encoding = None
         if self.clip is not None or text is not None or config.text_width is not None:
-            encoding = self._clip().encode_text(captions).repeat(n)
+            encoding = self._encode_text(captions).repeat(n)
         rows = z_image.to(self.device, torch.float32).repeat_interleave(n, 0)  # (B n, D)
 
         def make(generators: list[torch.Generator]) -> list[Image.Image]:
@@ -201,7 +242,7 @@ class UnCLIP:
         self, stage: Stage, text: TextEncoding, own: list[torch.Generator], opts: Options
     ) -> Tensor:
         """Draw `prior_candidates` z_image for each text and keep those closest to z_text."""
-        m = opts.prior_candidates
+        m = opts.prior_candidates or self.prior_candidates
         generators = [g for k in own for g in _candidates(k, m)]
         texts = text.repeat(m)
         shape = (stage.network.config.embed,)
@@ -240,16 +281,21 @@ class UnCLIP:
         generators: list[torch.Generator],
         opts: Options,
     ) -> Tensor:
-        return stage.draw(
-            cond,
-            shape,
-            opts.sampling(stage),
-            generators,
-            null_text=self.clip.null_text if self.clip and cond.text else None,
-            dtype=self.dtype,
-            tile=opts.tile,
-            progress=opts.progress,
-        )
+        null_text = None
+        if self.clip is not None and cond.text is not None:
+            with self._resident_clip() as clip:
+                null_text = clip.null_text
+        with resident([stage.network, stage.last], self.device):
+            return stage.draw(
+                cond,
+                shape,
+                opts.sampling(stage),
+                generators,
+                null_text=null_text,
+                dtype=self.dtype,
+                tile=opts.tile,
+                progress=opts.progress,
+            )
 
     def _best(
         self,
@@ -289,10 +335,16 @@ class UnCLIP:
         before = None if last is None else self._route(low, last.network.config.low)
         return None if last is None or before is None else [*before, last]
 
-    def _clip(self) -> FrozenCLIP:
+    def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
+        with self._resident_clip() as clip:
+            return clip.encode_text(prompts)
+
+    @contextmanager
+    def _resident_clip(self) -> Iterator[FrozenCLIP]:
         if self.clip is None:
             raise CheckpointError("this model has no CLIP encoder, which text and pictures need")
-        return self.clip
+        with resident([self.clip], self.device):
+            yield self.clip
 
     def _need(self, name: str, purpose: str) -> Stage:
         stage: Stage | None = getattr(self, name)

@@ -41,6 +41,7 @@ def load(
     model: Path | None,
     device: str,
     dtype: str,
+    offload: bool,
     writer: Writer,
     options: dict[str, Any],
     **source: str,
@@ -57,11 +58,13 @@ def load(
     from unclip.pipeline import UnCLIP
     from unclip.summary import model_hash
 
-    pipe = UnCLIP.from_pretrained(folder, to_device(device), to_dtype(dtype))
+    pipe = UnCLIP.from_pretrained(folder, to_device(device), to_dtype(dtype), offload=offload)
     opts = Options.of(options)
     if source["verb"] == "upscale":
         opts = opts.spread(pipe.upsamplers)
     asked = {key: value for key, value in options.items() if key != "progress"}
+    if "prior_candidates" in asked:
+        asked["prior_candidates"] = asked["prior_candidates"] or pipe.prior_candidates
     used = {stage.name: opts.sampling(stage).model_dump() for stage in pipe.stages}
     writer.model = model_hash(folder)
     writer.settings = {**source, **asked, "dtype": dtype, "sampling": used}
@@ -83,7 +86,7 @@ def draw(
     """
     from unclip.stages import chunk_size
 
-    together = chunk_size(size or max(pipe.sizes, default=1))
+    together = chunk_size(size or max(pipe.sizes, default=1), pipe.device)
     for start in range(0, len(names), together):
         rows = slice(start, start + together)
         for k, image in enumerate(make(rows, seed + start), start):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from unclip.errors import CheckpointError, ConfigError
 from unclip.folder import (
     CONFIG,
     WEIGHTS,
+    WEIGHTS_LAST,
+    TensorFile,
     load_tensors,
     read_stage_config,
-    read_tensors,
     stage_order,
     write_stage,
+    write_tensors,
 )
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
@@ -37,25 +40,31 @@ NETWORKS: dict[str, tuple[type[Config], type[nn.Module]]] = {
     "upsampler": (UpsamplerConfig, Upsampler),
 }
 
-CHUNK_PIXELS = 2**18  # pictures that go through a network together: 64 at 64 px, one at 1024
+# Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
+# from 256 px up. An accelerator takes four times as many.
+CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
 BAR_AFTER = 2.0  # seconds before a progress bar appears
 
 
-def chunk_size(side: int) -> int:
+def chunk_size(side: int, device: torch.device) -> int:
     """How many pictures of this side go through a network together."""
-    return max(1, CHUNK_PIXELS // side**2)
+    return max(1, CHUNK_PIXELS * (1 if device.type == "cpu" else 4) // side**2)
 
 
 @dataclass
 class Stage:
-    """One diffusion stage. `encoder` is the CLIP it was trained with; upsamplers have none."""
+    """One diffusion stage. `encoder` is the CLIP it was trained with; upsamplers have none.
+
+    `last` is a second network for the final sampling step, which Karlo's upsampler has.
+    """
 
     name: str
     network: Any
     diffusion: GaussianDiffusion
     sampling: SamplingConfig
     encoder: Fingerprint | None = None
+    last: Any = None
 
     @property
     def kind(self) -> str:
@@ -80,10 +89,11 @@ class Stage:
 
         **Shapes**: cond has B rows, shape is that of one sample; generators B → (B, *shape).
         """
-        network = self.network
+        network, last = self.network, self.last
         if tile is not None and self.kind == "upsampler" and tile < shape[-1]:
             network = Tiled(network, tile)
-        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1])
+            last = last and Tiled(last, tile)
+        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
         starts = range(0, len(generators), chunk)
         total, hide = config.steps * len(starts), not progress
         parts = []
@@ -100,31 +110,59 @@ class Stage:
                     null_text=null_text,
                     dtype=dtype,
                     on_step=bar.update,
+                    last=last,
                 )
                 parts.append(part)
         return torch.cat(parts)
 
-    def save(
-        self, folder: Path, network: nn.Module | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write `folder/<name>/`; `network` stands in for ours (an EMA copy, say)."""
-        config = {
+    def describe(self) -> dict[str, Any]:
+        """What its `config.json` says."""
+        return {
             "kind": self.kind,
             "model": self.network.config.model_dump(mode="json"),
             "diffusion": self.diffusion.config.model_dump(mode="json"),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
         }
-        tensors = (network or self.network).state_dict()
-        if dtype is not None:  # all but the statistics of embeddings, which stay float32
-            tensors = {n: x if n.startswith("scale.") else x.to(dtype) for n, x in tensors.items()}
-        write_stage(folder, self.name, config, tensors)
+
+    def save(
+        self, folder: Path, network: nn.Module | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write `folder/<name>/`; `network` stands in for ours (an EMA copy, say)."""
+        write_stage(folder, self.name, self.describe(), _tensors(network or self.network, dtype))
+        if self.last is not None:
+            write_tensors(folder / self.name / WEIGHTS_LAST, _tensors(self.last, dtype))
 
 
-def load_stage(
-    folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Stage:
-    """Read `folder/<name>/` for inference.
+@dataclass(frozen=True)
+class StoredStage:
+    """A stage on disk, its files checked.
+
+    `stage` has a network without weights; `tensors`, and `last` for the network of the final step,
+    are read when asked for. `where` names them in errors.
+    """
+
+    stage: Stage
+    tensors: Mapping[str, Tensor]
+    last: Mapping[str, Tensor] | None
+    where: str
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
+        """The stage with its weights, for inference.
+
+        **Raises**: `CheckpointError` where they don't fit the network.
+        """
+        config = self.stage.network.config
+        networks = [
+            materialise(build(self.stage.kind, config), tensors, self.where, device, dtype)
+            for tensors in (self.tensors, self.last)
+            if tensors is not None
+        ]
+        return replace(self.stage, network=networks[0], last=networks[1] if networks[1:] else None)
+
+
+def read_stage(folder: Path, name: str) -> StoredStage:
+    """The stage in `folder/<name>/`.
 
     **Raises**: `CheckpointError` when files are missing, damaged or do not fit together.
     """
@@ -136,7 +174,7 @@ def load_stage(
         raise CheckpointError(
             f"{where}: kind {kind!r} in the stage {name!r}; expected one of {list(NETWORKS)}"
         )
-    schema, network_class = NETWORKS[kind]
+    schema = NETWORKS[kind][0]
     try:
         config = parse_config(data["model"], schema, where)
         diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
@@ -147,12 +185,63 @@ def load_stage(
         raise CheckpointError(f"{where} can't be used: {error}") from None
     if getattr(config, "learned_variance", False) != diffusion.learned_variance:
         raise CheckpointError(f"{where}: learned_variance of model and diffusion must agree")
+    stage = Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling, encoder)
+    weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
+    return StoredStage(
+        stage, TensorFile(weights), TensorFile(last) if last.is_file() else None, str(weights)
+    )
+
+
+def build(kind: str, config: Config) -> nn.Module:
+    """A network of a kind of stage, on the meta device: shapes without weights."""
     with torch.device("meta"):
-        network = network_class(config)
-    network.to_empty(device="cpu")
-    weights = folder / name / WEIGHTS
-    load_tensors(network, read_tensors(weights), str(weights))
-    network.to(device, dtype).eval().requires_grad_(False)
-    if kind != "prior":
+        return NETWORKS[kind][1](config)
+
+
+def materialise(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Give a network from the meta device its weights, for inference.
+
+    Memory is taken once, in `dtype`; tensors are read one by one. `what` names them in errors.
+    """
+    network.to(dtype).to_empty(device=device)
+    if not isinstance(network, DiffusionPrior):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Stage(name, network, GaussianDiffusion(diffusion), sampling, encoder)
+    load_tensors(network, tensors, what)
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def resident(modules: Iterable[nn.Module | None], device: torch.device) -> Iterator[None]:
+    """Have weights on a device inside the block; those that were elsewhere stay there as well.
+
+    For weights that don't change: nothing is copied back.
+    """
+    stores: list[dict[str, Any]] = [
+        store
+        for module in modules
+        for part in (module.modules() if module is not None else ())
+        for store in (part._parameters, part._buffers)
+    ]
+    homes = [(store, name, x) for store in stores for name, x in store.items() if x is not None]
+    try:
+        for store, name, x in homes:
+            there = x.data.to(device)
+            store[name] = nn.Parameter(there, False) if isinstance(x, nn.Parameter) else there
+        yield
+    finally:
+        for store, name, x in homes:
+            store[name] = x
+
+
+def _tensors(network: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A network's tensors in `dtype`, but for the statistics of embeddings: they stay float32."""
+    tensors = network.state_dict()
+    if dtype is None:
+        return tensors
+    return {n: x if n.startswith("scale.") else x.to(dtype) for n, x in tensors.items()}

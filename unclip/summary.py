@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from unclip.errors import CheckpointError
-from unclip.folder import WEIGHTS, read_index, read_stage_config, stage_order
+from unclip.folder import (
+    PIPELINE,
+    WEIGHTS,
+    WEIGHTS_LAST,
+    TensorFile,
+    read_index,
+    read_stage_config,
+    stage_order,
+)
 
 
 @dataclass(frozen=True)
@@ -27,42 +33,69 @@ class StageSummary:
 
 
 def summarise(root: Path) -> list[StageSummary]:
-    """Every stage of a model folder, in order.
+    """Every stage of a model folder, or of one in Karlo's layout, in order.
 
     **Raises**: `CheckpointError` if a file is missing or damaged.
     """
+    if (root / PIPELINE).is_file():
+        return _published(root)
     return [_stage(root, str(name)) for name in read_index(root)["stages"]]
 
 
 def model_hash(root: Path) -> str:
     """The first 12 digits of a sha256 over the weights of all stages of a model folder."""
+    if (root / PIPELINE).is_file():
+        files = sorted(root.glob("*/*.safetensors"))
+    else:
+        folders = [root / str(name) for name in read_index(root)["stages"]]
+        files = [f / name for f in folders for name in (WEIGHTS, WEIGHTS_LAST)]
     digest = hashlib.sha256()
-    for name in read_index(root)["stages"]:
-        with (root / str(name) / WEIGHTS).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    for path in files:
+        if path.is_file():
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
     return digest.hexdigest()[:12]
 
 
 def _stage(root: Path, name: str) -> StageSummary:
     stage_order(name)  # a name from an index must not lead out of the folder
-    config, weights = read_stage_config(root, name), root / name / WEIGHTS
+    config, weights = read_stage_config(root, name), [root / name / WEIGHTS]
+    if (root / name / WEIGHTS_LAST).is_file():
+        weights.append(root / name / WEIGHTS_LAST)
     try:
-        with safe_open(weights, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
         fingerprint = config.get("fingerprint") or config.get("clip") or {}
         return StageSummary(
             name,
-            sum(math.prod(shape) for shape in shapes),
+            sum(map(_parameters, weights)),
             _size(config),
             _sampling(config.get("sampling")),
-            weights.stat().st_size,
+            sum(path.stat().st_size for path in weights),
             str(fingerprint.get("name", "")),
         )
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} is missing or damaged: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{root / name} has a damaged config.json: {error!r}") from None
+
+
+def _published(root: Path) -> list[StageSummary]:
+    from unclip.interop.karlo import ENCODER, PARTS, stages
+    from unclip.interop.layout import Folder
+
+    folder, found = Folder(root), []
+    configs = {name: stored.stage.describe() for name, stored in stages(folder).items()}
+    for name, config in {"clip": {}, **configs}.items():
+        parts = ENCODER if name == "clip" else PARTS[name.split("_")[0]]
+        files = [f for part in parts if part in folder.parts for f in folder.weights(part)]
+        if files:
+            size, sampling = _size(config) if config else "", _sampling(config.get("sampling"))
+            count, size_on_disk = sum(map(_parameters, files)), sum(f.stat().st_size for f in files)
+            found.append(StageSummary(name, count, size, sampling, size_on_disk, ""))
+    return found
+
+
+def _parameters(weights: Path) -> int:
+    file = TensorFile(weights)
+    return sum(math.prod(file.shape(name)) for name in file)
 
 
 def _size(config: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ class OpenClipTowers(nn.Module):
     """Any open_clip model with a causal text transformer and CLIP's tokenizer."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, config: ClipConfig | None = None
+        self, model: nn.Module, tokenizer: BpeTokenizer, config: ClipConfig | None = None
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -183,16 +183,22 @@ class TransformersTowers(nn.Module):
     """transformers' `CLIPTextModelWithProjection` and `CLIPVisionModelWithProjection`.
 
     Karlo and diffusers folders keep the two apart, CLIP folders together; both load as these.
+    A text-to-image folder of Karlo has no image tower.
     """
 
-    def __init__(self, text: nn.Module, vision: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, text: nn.Module, vision: nn.Module | None, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.text, self.vision, self.tokenizer = text, vision, tokenizer
         config: Any = text.config
         self.text_width, self.width = config.hidden_size, config.projection_dim
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """**Shapes**: (B, 3, R, R) preprocessed → (B, D)."""
+        """**Shapes**: (B, 3, R, R) preprocessed → (B, D). **Raises**: `CheckpointError`."""
+        if self.vision is None:
+            raise CheckpointError(
+                "this CLIP has no image tower, which pictures need; Karlo's image-variation "
+                "folder has one"
+            )
         return self.vision(pixel_values=pixels).image_embeds
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

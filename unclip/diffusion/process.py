@@ -48,7 +48,7 @@ class GaussianDiffusion:
         self.config = config
         self.betas = betas(config.schedule, config.steps)
         alphas = 1 - self.betas
-        self.alpha_bar = alphas.cumprod(0)
+        self.alpha_bar = (1 - self.betas.float()).cumprod(0).double()
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
         # The posterior q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7.
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alpha_bar)

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import (
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 from pydantic import Field
@@ -60,12 +60,13 @@ def sample(
     x_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[], Any] | None = None,
+    last: Denoiser | None = None,
 ) -> Tensor:
     """Draw one x_0 for each generator.
 
     Sample k depends on its own generator (CPU, float32) and never on its neighbours: the starting
     noise is drawn first, then one draw a step where the sampler is stochastic. The trajectory is
-    float32; the network computes in `dtype`.
+    float32; the network computes in `dtype`. `last` takes the model's place in the final step.
 
     **Shapes**: cond has B rows, shape is that of one sample; generators B; null_text one row,
     needed for guidance with text; x_T (B, *shape) replaces the starting noise → (B, *shape).
@@ -77,16 +78,19 @@ def sample(
     x = x_T.to(device, torch.float32)
     low_res = cond.low_res if config.guidance != 1 else None
     guided = config.guidance != 1 and low_res is None
-    cond = model.prepare(Cond.cat([cond.null(null_text), cond]) if guided else cond)
+    both = Cond.cat([cond.null(null_text), cond]) if guided else cond
+    ready = model.prepare(both)
     noise: dict[str, Any] = {"generator": list(generators)}
     if config.sampler == "ddim":
         noise["eta"] = config.eta
     elif config.sampler == "unipc":
         noise = {}
-    for index, timestep in zip(scheduler.timesteps, timesteps, strict=True):
+    for step, (index, timestep) in enumerate(zip(scheduler.timesteps, timesteps, strict=True), 1):
+        if step == len(timesteps) and last is not None:
+            model, ready = last, last.prepare(both)
         t = torch.full((len(x),), timestep, device=device)
         x_in, t_in = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
-        prediction, variance = diffusion.split(model(x_in.to(dtype), t_in, cond).float())
+        prediction, variance = diffusion.split(model(x_in.to(dtype), t_in, ready).float())
         if guided:
             without, with_ = prediction.chunk(2)
             prediction = without + config.guidance * (with_ - without)
@@ -104,6 +108,21 @@ def sample(
     return x
 
 
+class Ancestral(UnCLIPScheduler):
+    """DDPM's sampler with the timesteps and, to the last bit, the arithmetic of published unCLIP.
+
+    `DDPMScheduler` computes the same in another order, which random networks amplify.
+    """
+
+    def step(self, x0: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+        """One step towards the next of `timesteps`, or from the last one to x_0."""
+        if len(self.timesteps) == 1:
+            return (x0[:, : sample.shape[1]],)
+        after = self.timesteps[self.timesteps < timestep]
+        options["prev_timestep"] = after[0] if len(after) else None
+        return super().step(x0, timestep, sample, **options)
+
+
 def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tuple[Any, list[int]]:
     """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
 
@@ -117,20 +136,19 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
         raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
     common: dict[str, Any] = {"prediction_type": "sample"}
     if sampler == "ddpm":
-        scheduler: Any = DDPMScheduler(
+        learned = diffusion.config.learned_variance
+        scheduler: Any = Ancestral(
             num_train_timesteps=total,
-            trained_betas=diffusion.betas.tolist(),
-            variance_type="learned_range"
-            if diffusion.config.learned_variance
-            else "fixed_small_log",
+            variance_type="learned_range" if learned else "fixed_small_log",
             clip_sample=False,
-            timestep_spacing="linspace",
             **common,
         )
-        # Karlo's timesteps. One step starts at the noisy end, where linspace alone would say 0.
-        scheduler.set_timesteps(steps)
-        if steps == 1:
-            scheduler.timesteps = torch.tensor([total - 1])
+        scheduler.betas = diffusion.betas.float()
+        scheduler.alphas = 1 - scheduler.betas
+        scheduler.alphas_cumprod = diffusion.alpha_bar.float()
+        # One step starts at the noisy end; UnCLIPScheduler would divide by zero.
+        scheduler.set_timesteps(steps) if steps > 1 else None
+        scheduler.timesteps = scheduler.timesteps if steps > 1 else torch.tensor([total - 1])
         return scheduler, scheduler.timesteps.tolist()
     if sampler == "ddim":
         # DDIM steps by total // steps whatever its timesteps say, so give it a schedule of `steps`

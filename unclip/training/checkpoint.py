@@ -11,17 +11,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from unclip import folder as files
+from unclip.clip import check_same_encoder
 from unclip.errors import CheckpointError
+from unclip.sources import Source
+from unclip.stages import Stage
 from unclip.training.ema import EMA
+
+# What may differ between weights and the run that starts from them.
+FREE = ("dropout", "checkpointing", "low", "high", "resolution", "steps", "schedule")
 
 
 class Saves(Protocol):
@@ -73,9 +80,9 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
     **Raises**: `CheckpointError` if it belongs to another model.
     """
     weights = folder / "training" / "weights.safetensors"
-    files.load_tensors(state.model, files.read_tensors(weights), str(weights))
+    files.load_tensors(state.model, files.TensorFile(weights), str(weights))
     stage = folder / task.name / files.WEIGHTS
-    state.ema.load(files.read_tensors(stage), str(stage))
+    state.ema.load(files.TensorFile(stage), str(stage))
     _load_optimizer(folder / "training" / "optimizer.safetensors", state)
     saved = files.read_json(folder / "training" / "state.json")
     if saved.get("format") != 1:
@@ -84,19 +91,55 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
 
 
 def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
-    """Start from the weights of the same stage in a model folder or a run, or of its only kin.
+    """Start from the weights of the same stage in a folder, a run or a hub id, or of its only kin.
 
-    Kin are stages of one kind: an upsampler may start from the only upsampler there is.
+    Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
+    Karlo's layout are read as they are.
 
-    **Raises**: `CheckpointError` if the folder has no such stage or its shapes differ.
+    **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
+    was trained with another encoder.
     """
-    folder = files.resolve_folder(path)
-    kind = task.name.split("_")[0]
-    kin = [name for name in files.read_index(folder)["stages"] if name.split("_")[0] == kind]
-    name = kin[0] if len(kin) == 1 else task.name
-    files.read_stage_config(folder, name)
-    weights = folder / name / files.WEIGHTS
-    files.load_tensors(model, files.read_tensors(weights), str(weights))
+    stage: Stage | None = getattr(task, "stage", None)
+    if stage is None:  # an encoder: no stage of diffusion
+        folder = files.resolve_folder(path)
+        files.read_stage_config(folder, task.name)
+        weights = folder / task.name / files.WEIGHTS
+        files.load_tensors(model, files.TensorFile(weights), str(weights))
+        return
+    source = Source(path)
+    kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
+    stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
+    _check_settings(stage.describe(), stored.stage.describe(), stored.where)
+    trained = stored.stage.encoder
+    if source.published and stage.encoder is not None:  # the weights don't say, the parts do
+        clip = source.clip()
+        trained = None if clip is None else clip.fingerprint
+    if stage.encoder is not None and trained is not None:
+        check_same_encoder(stage.encoder, trained, stored.where)
+    files.load_tensors(model, stored.tensors, stored.where)
+
+
+def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    """Check what shapes don't show: heads, groups, scales, what is predicted."""
+    pairs = [(ours["model"], theirs["model"]), (ours["diffusion"], theirs["diffusion"])]
+    flat = [(dict(_flat(a)), dict(_flat(b))) for a, b in pairs]
+    differ = [
+        f"{key} = {value}, here {a.get(key)}"
+        for a, b in flat
+        for key, value in b.items()
+        if a.get(key) != value and key.split(".")[-1] not in FREE
+    ]
+    if differ:
+        raise CheckpointError(f"train.init: {where} has {'; '.join(differ)}; set them equal")
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its dotted name."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -109,7 +152,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _load_optimizer(path: Path, state: TrainState) -> None:
     params = dict(state.model.named_parameters())
-    for full_name, saved in files.read_tensors(path).items():
+    for full_name, saved in files.TensorFile(path).items():
         key, _, name = full_name.partition(".")
         if name not in params:
             raise CheckpointError(f"{path} holds {full_name}, but the model has no {name}")

@@ -1,0 +1,233 @@
+"""Where encoders come from: model folders, transformers, open_clip, and folders like Karlo's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from unclip.clip import FrozenCLIP, Towers
+from unclip.config import parse_config
+from unclip.errors import CheckpointError, ConfigError
+from unclip.folder import (
+    CONFIG,
+    PIPELINE,
+    WEIGHTS,
+    TensorFile,
+    load_tensors,
+    read_json,
+    resolve_folder,
+    some,
+)
+from unclip.interop.layout import (
+    IMAGE_ENCODER,
+    PROCESSING,
+    PROCESSOR,
+    TEXT_ENCODER,
+    TOKENIZER,
+    TOWER_WEIGHTS,
+    Folder,
+)
+from unclip.preprocessing import PreprocessConfig, transformers_preprocess
+from unclip.towers import (
+    BpeTokenizer,
+    ClipConfig,
+    OpenClipTowers,
+    TransformersTokenizer,
+    TransformersTowers,
+    build_clip,
+)
+
+CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
+KEYS = ("missing", "unexpected", "mismatched")
+
+
+def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
+    """An encoder on the CPU; what can be read in `dtype` is.
+
+    `source` is a model folder or its `clip` stage, a run of `train/clip.py`, a folder in Karlo's
+    layout, a transformers CLIP folder, or an open_clip name and tag (or weights file) such as
+    `ViT-L-14/openai`.
+
+    **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return _from_open_clip(source)
+    if (path / PIPELINE).is_file():
+        clip = from_folder(Folder(path), dtype)
+        if clip is None:
+            raise CheckpointError(f"{path} has no {TEXT_ENCODER}, which a CLIP encoder needs")
+        return clip
+    if not (path / CONFIG).is_file():
+        return _from_stage(resolve_folder(path) / "clip")
+    if read_json(path / CONFIG).get("model_type") == "clip":
+        return _from_transformers(path)
+    return _from_stage(path)
+
+
+def _from_stage(stage: Path) -> FrozenCLIP:
+    where = str(stage / CONFIG)
+    data = read_json(stage / CONFIG)
+    try:
+        return _build_stage(stage, data, where)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} can't be used: {error}") from None
+
+
+def _build_stage(stage: Path, data: dict[str, Any], where: str) -> FrozenCLIP:
+    towers: Towers
+    if "model_cfg" in data:
+        config = parse_config(data["model_cfg"], ClipConfig, where)
+        tokenizer = BpeTokenizer(config.text_cfg.context_length, data.get("vocabulary"))
+        model = build_clip(config)
+        towers = OpenClipTowers(model, tokenizer, config)
+    elif "transformers" in data:
+        from transformers import (
+            CLIPTextConfig,
+            CLIPTextModelWithProjection,
+            CLIPVisionConfig,
+            CLIPVisionModelWithProjection,
+        )
+
+        text = CLIPTextModelWithProjection(CLIPTextConfig(**data["transformers"]["text"]))
+        vision = None
+        if data["transformers"]["vision"] is not None:
+            vision_config = CLIPVisionConfig(**data["transformers"]["vision"])
+            vision = CLIPVisionModelWithProjection(vision_config)
+        tokenizer = BpeTokenizer(text.config.max_position_embeddings)
+        model = towers = TransformersTowers(text, vision, tokenizer)
+    else:
+        raise CheckpointError(f"{where} describes no CLIP encoder: it has no 'model_cfg'")
+    load_tensors(model, TensorFile(stage / WEIGHTS), str(stage / WEIGHTS))
+    preprocess = parse_config(data["preprocess_cfg"], PreprocessConfig, where)
+    return FrozenCLIP(towers, preprocess, data["name"])
+
+
+def _from_open_clip(source: str) -> FrozenCLIP:
+    import open_clip
+
+    name, _, tag = source.partition("/")
+    if name not in open_clip.list_models() or not tag:
+        raise ConfigError(
+            f"clip = {source!r} is neither a folder nor an open_clip name and tag; expected for "
+            "example weights/emoji, runs/emoji/clip or ViT-L-14/openai"
+        )
+    if Path(tag).suffix and Path(tag).suffix != ".safetensors" and Path(tag).is_file():
+        raise CheckpointError(f"{tag}: only .safetensors weights are loaded from a file")
+    trained = open_clip.pretrained.get_pretrained_cfg(name, tag)
+    if not trained and not Path(tag).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ConfigError(f"open_clip has no weights {tag!r} for {name}; it has: {tags}")
+    # Weights trained with QuickGELU lose accuracy without a word under the plain name.
+    quick = bool(trained.get("quick_gelu", False))
+    try:
+        model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick)
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"open_clip could not load {source!r}: {error}") from None
+    found = open_clip.get_model_preprocess_cfg(model)
+    size = found["size"] if isinstance(found["size"], int) else found["size"][0]
+    kept = {key: found[key] for key in PreprocessConfig.model_fields if key in found}
+    preprocess = PreprocessConfig(**{**kept, "size": size})
+    described: Any = open_clip.get_model_config(name)
+    if quick:
+        described["quick_gelu"] = True
+    try:
+        config = parse_config(described, ClipConfig, name)
+    except ConfigError:
+        config = None  # usable, but beyond what a model folder describes
+    if described["text_cfg"].get("hf_tokenizer_name"):
+        raise CheckpointError(f"{name} does not use CLIP's own byte-pair tokenizer")
+    tokenizer = BpeTokenizer(described["text_cfg"].get("context_length", 77))
+    return FrozenCLIP(OpenClipTowers(model, tokenizer, config), preprocess, source)
+
+
+def _from_transformers(path: Path) -> FrozenCLIP:
+    from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    try:
+        load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
+        both = CLIPModel.from_pretrained(path, **load)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete transformers CLIP folder: {error}"
+        ) from None
+    for config in (both.config.text_config, both.config.vision_config):
+        config.projection_dim = both.config.projection_dim
+    with torch.device("meta"):  # shells: their parts come from the loaded model
+        text = CLIPTextModelWithProjection(both.config.text_config)
+        vision = CLIPVisionModelWithProjection(both.config.vision_config)
+    text.text_model, text.text_projection = both.text_model, both.text_projection
+    vision.vision_model, vision.visual_projection = both.vision_model, both.visual_projection
+    processor = path / "preprocessor_config.json"
+    data = read_json(processor) if processor.is_file() else {}
+    preprocess = transformers_preprocess(data, vision.config.image_size)
+    return _encoder(text, vision, path, preprocess, path.name)
+
+
+def from_folder(folder: Folder, dtype: torch.dtype) -> FrozenCLIP | None:
+    """The encoder of a folder in Karlo's layout, with an image tower where it has one.
+
+    **Raises**: `CheckpointError` if parts are missing, damaged or do not fit.
+    """
+    if not folder.has(TEXT_ENCODER, TOKENIZER):
+        return None
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    text = _tower(CLIPTextModelWithProjection, folder, TEXT_ENCODER, dtype)
+    vision, size = None, CLIP_SIZE
+    processor: dict[str, Any] = {}
+    if folder.has(IMAGE_ENCODER, PROCESSING):
+        vision = _tower(CLIPVisionModelWithProjection, folder, IMAGE_ENCODER, dtype)
+        size = vision.config.image_size
+        processor = folder.config(PROCESSING, PROCESSOR)[0]
+    preprocess = transformers_preprocess(processor, size)
+    name = f"the CLIP of {folder.root.name}"
+    return _encoder(text, vision, folder.parts[TOKENIZER], preprocess, name)
+
+
+def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
+    path = folder.parts[part]
+    folder.tensors(part, TOWER_WEIGHTS)  # refuses pickles and files that are cut short
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=None if folder.allow_pickle else True,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} can't be used: {error}") from None
+    wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}
+    # Constants that older versions of transformers saved.
+    wrong["unexpected"] = [n for n in wrong["unexpected"] if not n.endswith("position_ids")]
+    problems = [f"{len(found)} {how} ({some(found)})" for how, found in wrong.items() if found]
+    if problems:
+        raise CheckpointError(f"{path} does not fit {kind.__name__}: {'; '.join(problems)}")
+    return model
+
+
+def _encoder(
+    text: nn.Module,
+    vision: nn.Module | None,
+    tokenizer: Path,
+    preprocess: PreprocessConfig,
+    name: str,
+) -> FrozenCLIP:
+    """An encoder of transformers' two CLIP models and the folder of their tokenizer."""
+    from transformers import CLIPTokenizer
+
+    config: Any = text.config
+    context = config.max_position_embeddings
+    try:
+        # Without model_max_length nothing is truncated.
+        bpe = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=context)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
+    towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
+    return FrozenCLIP(towers, preprocess, name)
