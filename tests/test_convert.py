@@ -254,6 +254,12 @@ def test_a_folder_that_holds_a_model_is_not_overwritten(karlo: Path, copy: Path)
     assert (copy / "model_index.json").read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written_is_a_clear_error(karlo: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="can't write into"):
+        convert(karlo, tmp_path / "file" / "out")
+
+
 def test_pickled_weights_are_read_only_when_allowed(
     copy: Path, tmp_path: Path, karlo: Path
 ) -> None:
@@ -320,6 +326,10 @@ MISTAKES = {
     "an unknown setting": (
         lambda f: change(f, "decoder/config.json", encoder_hid_dim=3),
         "encoder_hid_dim = 3",
+    ),
+    "a setting of another kind": (
+        lambda f: change(f, "super_res_first/config.json", block_out_channels=16),
+        "is damaged",
     ),
     "another pipeline": (
         lambda f: change(f, "model_index.json", vae=["diffusers", "AutoencoderKL"]),

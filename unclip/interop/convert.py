@@ -62,9 +62,12 @@ def convert(
             raise ConfigError(
                 f"{out} holds a model already; delete it first or name another folder"
             )
-    if (source / PIPELINE).is_file():
-        return _from_karlo(layout.Folder(source, allow_pickle=allow_pickle), out, dtype)
-    return _to_karlo(source, out, dtype)
+    try:
+        if (source / PIPELINE).is_file():
+            return _from_karlo(layout.Folder(source, allow_pickle=allow_pickle), out, dtype)
+        return _to_karlo(source, out, dtype)
+    except OSError as error:
+        raise ConfigError(f"can't write into {out}: {error.strerror or error}") from None
 
 
 def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> list[str]:

@@ -51,7 +51,10 @@ def stages(folder: Folder) -> dict[str, StoredStage]:
 
     **Raises**: `CheckpointError` naming what is missing, left over or not supported.
     """
-    found = [_prior(folder), _decoder(folder), _upsampler(folder)]
+    try:
+        found = [_prior(folder), _decoder(folder), _upsampler(folder)]
+    except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"a configuration in {folder.root} is damaged: {error}") from None
     return {stored.stage.name: stored for stored in found if stored is not None}
 
 
