@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import DataError
-from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.decoder import Decoder, DecoderConfig, LayoutConfig
 from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
@@ -472,3 +472,22 @@ def test_the_convolution_of_a_doubled_picture_never_makes_it() -> None:
     x = torch.randn(2, 3, 7, 4, dtype=torch.float64)
     doubled = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
     assert_close(upsampled_conv(x, conv), conv(doubled))
+
+
+def test_a_layout_is_drawn_once_from_the_embedding_alone() -> None:
+    model = decoder(layout=LayoutConfig(side=4, width=8)).eval()
+    randomise(model, 1)
+    z_image, text = torch.randn(2, EMBED), text_encoding([3, 5])
+    both = Cond(image_embed=z_image, text=text, keep_image=torch.tensor([True, False]))
+    cache = model.prepare(both).cache
+    assert cache.layout.shape == (2, 3, 8, 8)
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
+    out = model(x_t, t, both)
+    other = model(x_t, t, replace(both, image_embed=z_image + 1))
+    assert not torch.allclose(out[0], other[0])
+    assert_close(out[1], other[1])  # without its embedding a picture has the null one's layout
+    with torch.no_grad():
+        model.layout.gate.bias.fill_(1e4)
+    assert_close(model(x_t, t, both), cache.layout)  # with all of the share nothing else counts
+    trained = {name for name, p in model.layout.named_parameters() if p.requires_grad}
+    assert trained == {"gate.weight", "gate.bias"}

@@ -13,9 +13,11 @@ import torch
 from torch.testing import assert_close
 
 from train.clip import ClipRun
+from unclip import randomness
 from unclip.clip import FrozenCLIP
 from unclip.config import load_config
 from unclip.data.dataset import batches, open_dataset
+from unclip.data.images import resize
 from unclip.errors import ConfigError
 from unclip.training.tasks import (
     DecoderRun,
@@ -24,6 +26,7 @@ from unclip.training.tasks import (
     PriorTask,
     UpsamplerRun,
     UpsamplerTask,
+    fit_layout,
     fit_scale,
 )
 
@@ -94,6 +97,28 @@ def test_a_prior_learns_the_scaled_embedding_of_its_own_picture(model_folder):
             return x0
 
     assert_close(task.loss(Oracle(), batch, 0)["loss"], torch.zeros(4))
+
+
+def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
+    run = tiny("decoder", model_folder, "model.layout={side: 8, width: 64}")
+    clip = FrozenCLIP.load(run.clip)
+    monkeypatch.setattr("unclip.training.tasks.LAYOUT_COUNT", 128)
+    monkeypatch.setattr("unclip.training.tasks.LAYOUT_EPOCHS", 400)
+    dataset = open_dataset("shapes:val", run.data.resolution)
+    decoders = [DecoderTask(run, clip).stage.network for _ in range(2)]
+    for decoder in decoders:
+        fit_scale(decoder.scale, clip, dataset)
+        torch.manual_seed(0)
+        for part in (decoder.layout.fc1, decoder.layout.fc2, decoder.layout.out):
+            part.reset_parameters()
+        fit_layout(decoder, clip, dataset, seed=0)
+    assert_close(decoders[0].layout.state_dict(), decoders[1].layout.state_dict())
+    seen = range(0, len(dataset), len(dataset) // 128)[:64]
+    images = torch.stack([dataset.get(i, randomness.generator(0, "", i)).image for i in seen])
+    small = resize(images, 8)
+    drawn = decoders[0].layout(decoders[0].scale(clip.encode_image(images)))
+    mean = small.mean(0, keepdim=True)
+    assert (drawn - small).square().mean() < 0.7 * (mean - small).square().mean()
 
 
 def test_the_decoder_drops_conditions_at_the_configured_rates(model_folder):

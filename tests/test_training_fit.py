@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +35,14 @@ def config(out: Path, task: dict[str, Any] | None = None, **train: Any) -> TinyC
     return TinyConfig(train=TrainConfig(**{**values, **train}), **(task or {}))
 
 
-def run(settings: TinyConfig, task: TinyTask | None = None) -> Path:
+def run(
+    settings: TinyConfig, task: TinyTask | None = None, begin: Callable[[], None] | None = None
+) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first
     precision = {"fp32": "no", "bf16": "bf16"}[settings.train.precision]
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     task = task or TinyTask(settings)
-    return fit(task, lambda s: stream(settings, s), settings.train, settings, accelerator)
+    return fit(task, lambda s: stream(settings, s), settings.train, settings, accelerator, begin)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -251,6 +254,18 @@ def test_training_starts_from_given_weights(tmp_path: Path) -> None:
     # A second start resumes instead of starting from them again.
     longer = again.train.model_copy(update={"steps": 3})
     assert run(again.model_copy(update={"train": longer})).name == "step-3"
+
+
+def test_a_model_is_made_ready_once_and_not_for_given_weights(tmp_path: Path) -> None:
+    calls: list[int] = []
+    settings = [
+        config(tmp_path / "a", steps=2),
+        config(tmp_path / "a", steps=4),  # goes on with the first
+        config(tmp_path / "b", steps=2, init=str(tmp_path / "a")),
+    ]
+    for number, one in enumerate(settings):
+        run(one, begin=lambda number=number: calls.append(number))
+    assert calls == [0]
 
 
 def test_weights_to_start_from_must_be_of_the_same_stage(tmp_path: Path) -> None:

@@ -16,17 +16,34 @@ from torch import Tensor, nn
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
-from unclip.models.layers import EmbeddingScale, ScaleConfig, TimeEmbedding, trim_text
+from unclip.models.layers import (
+    EmbeddingScale,
+    ScaleConfig,
+    TimeEmbedding,
+    silu,
+    trim_text,
+    zero_init,
+)
 from unclip.models.transformer import Transformer, TransformerConfig
 from unclip.models.unet import Context, UNet, UNetConfig
 
 IMAGE_TOKENS = 4
 
 
+class LayoutConfig(Config):
+    """A picture of `side` pixels from a network of two hidden layers of `width`."""
+
+    side: int = Field(32, gt=0)
+    width: int = Field(1024, gt=0)
+
+
 class DecoderConfig(Config):
     """`embed`, `text_width`: widths of the CLIP embeddings and text states; no `text_width`, no
     text. `text_embed` adds the CLIP text embedding to the time embedding, as Karlo does.
-    `text_transformer` is trained on top of the frozen text states (the paper's text encoder)."""
+    `text_transformer` is trained on top of the frozen text states (the paper's text encoder).
+    `layout` draws a small picture from the embedding in one go, which the U-Net sees and which
+    stands for its result where there is nothing but noise (target x0 only): where things are is
+    what small networks learn last, and alone it is learned in minutes."""
 
     resolution: int = Field(gt=0)
     embed: int = Field(gt=0)
@@ -36,12 +53,15 @@ class DecoderConfig(Config):
     context_width: int = Field(gt=0)
     learned_variance: bool
     scale: ScaleConfig
+    layout: LayoutConfig | None = None
     unet: UNetConfig
 
     @model_validator(mode="after")
     def _check(self) -> DecoderConfig:
         if self.text_width is None and (self.text_embed or self.text_transformer is not None):
             raise ValueError("text_embed and text_transformer need text_width")
+        if self.layout is not None and self.learned_variance:
+            raise ValueError("layout needs learned_variance = false")
         if not self.unet.attends:
             raise ValueError("unet.attention must be true somewhere: the context enters there")
         if self.resolution % self.unet.stride:
@@ -53,10 +73,12 @@ class DecoderConfig(Config):
 
 
 class DecoderCache(NamedTuple):
-    """What does not depend on t: the embeddings' share of the time embedding (B, E); context."""
+    """What does not depend on t: the embeddings' share of the time embedding (B, E); context; the
+    layout at the picture's size (B, 3, H, W), if there is one."""
 
     emb: Tensor
     context: Context
+    layout: Tensor | None
 
 
 class Decoder(nn.Module):
@@ -75,8 +97,12 @@ class Decoder(nn.Module):
         self.image_to_tokens = nn.Linear(config.embed, IMAGE_TOKENS * width)
         self.text_to_emb = nn.Linear(config.embed, emb) if config.text_embed else None
         self.text = TextSide(config) if config.text_width is not None else None
+        self.layout = (
+            Layout(config.layout, config.embed, emb) if config.layout is not None else None
+        )
+        in_channels = 3 if config.layout is None else 6
         out_channels = 6 if config.learned_variance else 3
-        self.unet = UNet(config.unet, 3, out_channels, width)
+        self.unet = UNet(config.unet, in_channels, out_channels, width)
 
     def prepare(self, cond: Cond) -> Cond:
         """Everything that stays the same over sampling steps.
@@ -98,7 +124,11 @@ class Decoder(nn.Module):
             states, mask = self.text(cond.text)  # (B, l, K), (B, l)
             tokens = torch.cat([tokens, states], dim=1)  # (B, 4 + l, K)
             mask = F.pad(mask, (IMAGE_TOKENS, 0), value=True)
-        return replace(cond, cache=DecoderCache(emb, self.unet.context_kv(tokens, mask)))
+        layout = None
+        if self.layout is not None:
+            side = self.config.resolution
+            layout = F.interpolate(self.layout(z_image), (side, side), mode="bilinear")
+        return replace(cond, cache=DecoderCache(emb, self.unet.context_kv(tokens, mask), layout))
 
     def _image_embed(self, cond: Cond) -> Tensor:
         # The null vector takes part even where every row is kept, so that it always has a gradient.
@@ -114,8 +144,41 @@ class Decoder(nn.Module):
         """**Shapes**: x_t (B, 3, H, W), t (B,) → (B, 3, H, W), or (B, 6, H, W) with the variance
         behind the prediction."""
         cache = self.prepare(cond).cache
-        emb = self.time(t) + cache.emb  # (B, E)
-        return self.unet(x_t.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+        time = self.time(t)
+        emb = time + cache.emb  # (B, E)
+        if self.layout is None:
+            return self.unet(x_t.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+        layout = cache.layout.to(x_t.dtype)
+        x = torch.cat([x_t, layout], dim=1)  # (B, 6, H, W)
+        out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+        return out + self.layout.share(time).to(x_t.dtype) * (layout - out)
+
+
+class Layout(nn.Module):
+    """A small picture straight from the scaled image embedding, and its share in the result.
+
+    The picture is learned by itself (`fit_layout`) and then stays: as a part of the whole it would
+    drift into a code that tells the U-Net less.
+    """
+
+    def __init__(self, config: LayoutConfig, embed: int, time: int):
+        super().__init__()
+        self.side = config.side
+        self.fc1 = nn.Linear(embed, config.width)
+        self.fc2 = nn.Linear(config.width, config.width)
+        self.out = nn.Linear(config.width, 3 * config.side**2)
+        self.requires_grad_(False)
+        self.gate = zero_init(nn.Linear(time, 1))
+
+    def share(self, time: Tensor) -> Tensor:
+        """From 0 to 1. **Shapes**: the time embedding (B, E) → (B, 1, 1, 1)."""
+        logit = self.gate(time) / time.shape[1] ** 0.5 - 4  # begins at 2 %, moves in small steps
+        return logit.sigmoid()[:, :, None, None]
+
+    def forward(self, z_image: Tensor) -> Tensor:
+        """**Shapes**: (B, D) → (B, 3, side, side). **Units**: pixels in [-1, 1]."""
+        h = silu(self.fc2(silu(self.fc1(z_image))))  # (B, width)
+        return rearrange(self.out(h), "b (c h w) -> b c h w", h=self.side, w=self.side)
 
 
 class TextSide(nn.Module):

@@ -106,11 +106,14 @@ def fit(
     config: TrainConfig,
     resolved: Config,
     accelerator: Accelerator,
+    begin: Callable[[], None] | None = None,
 ) -> Path:
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
-    each step, without end. SIGTERM or SIGINT saves after the current step and returns.
+    each step, without end. `begin` prepares the model of a run that starts from nothing: every
+    process calls it, and wrapping the model gives all of them the first one's. SIGTERM or SIGINT
+    saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration,
     `CheckpointError` if its checkpoints are damaged, `DivergedError` if ten steps in a row are
@@ -120,6 +123,8 @@ def fit(
     newest = on_main(accelerator, lambda: open_run(run, resolved))
     if newest is None and config.init is not None:
         load_init(task, task.model, config.init)
+    elif newest is None and begin is not None:
+        begin()
     task.model.train()
     if config.compile:
         task.model.compile()  # in place: keys keep their names
