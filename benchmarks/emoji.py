@@ -42,7 +42,6 @@ from unclip.evaluation import (
     upscale_again,
 )
 from unclip.folder import CONFIG, WEIGHTS, resolve_folder, write_json
-from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.stages import Stage
 
@@ -333,7 +332,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", help="a second CLIP that never took part in sampling")
     parser.add_argument("--only", choices=list(SECTIONS), help="one section instead of all three")
     parser.add_argument("--samples", type=int, default=4, help="pictures for each caption")
-    parser.add_argument("--prior-candidates", type=int, default=Options.prior_candidates)
+    parser.add_argument("--prior-candidates", type=int, help="by default as many as the model's")
     parser.add_argument("--limit", type=int, help="only so many held-out pictures, for a trial")
     parser.add_argument("--out", default="benchmarks/results/emoji.json", type=Path)
     parser.add_argument("--work", default="runs/benchmarks", type=Path, help="progress goes here")
@@ -361,7 +360,7 @@ def open_bench(given: argparse.Namespace) -> Bench:
         judges,
         given.samples,
         given.limit,
-        given.prior_candidates,
+        given.prior_candidates or pipe.prior_candidates,
         given.work,
         given.out.parent,
         given.fresh,
