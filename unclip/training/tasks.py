@@ -291,15 +291,16 @@ def fit_layout(decoder: Decoder, clip: FrozenCLIP, dataset: Dataset, seed: int) 
     layout = decoder.layout
     assert layout is not None
     parts = [(z, resize(x, layout.side)) for z, x in _embedded(clip, dataset, LAYOUT_COUNT)]
-    z = decoder.scale(torch.cat([z for z, _ in parts]))  # (n, D)
-    x0 = torch.cat([x for _, x in parts]).to(z.device)  # (n, 3, s, s)
+    device = layout.out.weight.device  # not the encoder's before the run has begun
+    z = decoder.scale(torch.cat([z for z, _ in parts]).to(device))  # (n, D)
+    x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
     frozen = [parameter for parameter in layout.parameters() if not parameter.requires_grad]
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LAYOUT_LR)
     rounds = -(-len(z) // LAYOUT_BATCH) * LAYOUT_EPOCHS
     bar = tqdm(range(rounds), desc="layout", delay=2.0, leave=False, disable=None)
     for step in bar:
         g = randomness.generator(seed, "layout", step)
-        rows = torch.randint(len(z), (LAYOUT_BATCH,), generator=g).to(z.device)
+        rows = torch.randint(len(z), (LAYOUT_BATCH,), generator=g).to(device)
         optimizer.param_groups[0]["lr"] = LAYOUT_LR * (1 - step / rounds)
         loss = (layout(z[rows]) - x0[rows]).square().mean()
         optimizer.zero_grad()
