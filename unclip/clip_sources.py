@@ -20,7 +20,7 @@ from unclip.folder import (
     load_tensors,
     read_json,
     resolve_folder,
-    some,
+    tally,
 )
 from unclip.interop.layout import (
     IMAGE_ENCODER,
@@ -206,9 +206,8 @@ def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
     wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}
     # Constants that older versions of transformers saved.
     wrong["unexpected"] = [n for n in wrong["unexpected"] if not n.endswith("position_ids")]
-    problems = [f"{len(found)} {how} ({some(found)})" for how, found in wrong.items() if found]
-    if problems:
-        raise CheckpointError(f"{path} does not fit {kind.__name__}: {'; '.join(problems)}")
+    if problems := tally(wrong):
+        raise CheckpointError(f"{path} does not fit {kind.__name__}: {problems}")
     return model
 
 

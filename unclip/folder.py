@@ -182,9 +182,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             if name in tensors and shape_of(tensors, name) != list(tensor.shape)
         ],
     }
-    problems = [f"{len(found)} {how} ({some(found)})" for how, found in wrong.items() if found]
-    if problems:
-        raise CheckpointError(f"{what} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    if problems := tally(wrong):
+        raise CheckpointError(f"{what} does not fit {type(model).__name__}: {problems}")
     with torch.no_grad():
         for name, target in expected.items():
             target.copy_(tensors[name])
@@ -355,6 +354,7 @@ def _shape(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides)) or "scalar"
 
 
-def some(names: list[str]) -> str:
-    """The first few of many, for an error message."""
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+def tally(wrong: Mapping[str, list[str]]) -> str:
+    """How many names are wrong in which way, and the first few; empty where none are."""
+    few = {how: ", ".join(names[:4]) + ", …" * (len(names) > 4) for how, names in wrong.items()}
+    return "; ".join(f"{len(names)} {how} ({few[how]})" for how, names in wrong.items() if names)

@@ -76,7 +76,7 @@ class UnCLIP:
         home = torch.device("cpu" if offload else device)
         clip = source.clip(dtype)
         if clip is not None:
-            if not source.published:
+            if source.published is None:
                 _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
             clip = clip.to(home, dtype)
         stages = {name: one.load(home, dtype) for name, one in stored.items()}

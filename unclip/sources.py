@@ -25,9 +25,10 @@ class Source:
 
     def __init__(self, name: str | Path):
         self.root = resolve_folder(name)
-        self.published = (self.root / PIPELINE).is_file()  # by others, in diffusers' layout
-        if self.published:
-            self.stages = karlo.stages(Folder(self.root))
+        self.published: Folder | None = None  # by others, in diffusers' layout
+        if (self.root / PIPELINE).is_file():
+            self.published = Folder(self.root)
+            self.stages = karlo.stages(self.published)
             self.prior_candidates = karlo.CANDIDATES
             return
         index = read_index(self.root)
@@ -45,6 +46,6 @@ class Source:
 
     def clip(self, dtype: torch.dtype = torch.float32) -> FrozenCLIP | None:
         """The encoder on the CPU, if there is one; what can be read in `dtype` is."""
-        if self.published:
-            return from_folder(Folder(self.root), dtype)
+        if self.published is not None:
+            return from_folder(self.published, dtype)
         return FrozenCLIP.load(str(self.root / "clip")) if self.has_clip else None

@@ -138,14 +138,22 @@ class Stage:
 class StoredStage:
     """A stage on disk, its files checked.
 
-    `stage` has a network without weights; `tensors`, and `last` for the network of the final step,
+    `stage` has a network without weights; `tensors`, and `final` for the network of the last step,
     are read when asked for. `where` names them in errors.
     """
 
     stage: Stage
     tensors: Mapping[str, Tensor]
-    last: Mapping[str, Tensor] | None
+    final: Mapping[str, Tensor] | None
     where: str
+
+    @property
+    def last(self) -> Mapping[str, Tensor] | None:
+        """The last step's network; None where it is a copy of the first. Reads to tell."""
+        if self.final is None:
+            return None
+        copied = all(torch.equal(x, self.final[name]) for name, x in self.tensors.items())
+        return None if copied else self.final
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
         """The stage with its weights, for inference.
@@ -228,7 +236,12 @@ def resident(modules: Iterable[nn.Module | None], device: torch.device) -> Itera
         for part in (module.modules() if module is not None else ())
         for store in (part._parameters, part._buffers)
     ]
-    homes = [(store, name, x) for store in stores for name, x in store.items() if x is not None]
+    homes = [
+        (store, name, x)
+        for store in stores
+        for name, x in store.items()
+        if x is not None and x.device != device
+    ]
     try:
         for store, name, x in homes:
             there = x.data.to(device)

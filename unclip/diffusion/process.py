@@ -41,7 +41,8 @@ class DiffusionConfig(Config):
 class GaussianDiffusion:
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), t = 0 the cleanest of `config.steps` timesteps.
 
-    The schedule is held in float64 on the CPU; whatever is computed from it is float32.
+    The schedule is held in float64 on the CPU, ᾱ as products of float32 numbers, which is how the
+    published networks had it in training and sampling; whatever is computed from it is float32.
     """
 
     def __init__(self, config: DiffusionConfig):

@@ -146,9 +146,10 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
         scheduler.betas = diffusion.betas.float()
         scheduler.alphas = 1 - scheduler.betas
         scheduler.alphas_cumprod = diffusion.alpha_bar.float()
-        # One step starts at the noisy end; UnCLIPScheduler would divide by zero.
-        scheduler.set_timesteps(steps) if steps > 1 else None
-        scheduler.timesteps = scheduler.timesteps if steps > 1 else torch.tensor([total - 1])
+        if steps > 1:
+            scheduler.set_timesteps(steps)
+        else:  # one starts at the noisy end; UnCLIPScheduler would divide by zero
+            scheduler.timesteps = torch.tensor([total - 1])
         return scheduler, scheduler.timesteps.tolist()
     if sampler == "ddim":
         # DDIM steps by total // steps whatever its timesteps say, so give it a schedule of `steps`

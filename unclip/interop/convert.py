@@ -32,9 +32,7 @@ from unclip.interop.encoder import to_transformers, write_processor, write_token
 from unclip.interop.karlo import CANDIDATES, stages
 from unclip.interop.names import prior_names, text_proj_names, to_diffusers, unet_names
 from unclip.interop.settings import (
-    DECODER_SAMPLING,
-    PRIOR_SAMPLING,
-    UPSAMPLER_SAMPLING,
+    SAMPLING,
     to_decoder,
     to_prior,
     to_scheduler,
@@ -82,8 +80,8 @@ def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> 
         needs = None if stored.stage.kind == "upsampler" else encoder
         described = replace(stored.stage, encoder=needs).describe()
         write_stage(out, name, described, stored.tensors, dtype)
-        if stored.last is not None:
-            write_tensors(out / name / WEIGHTS_LAST, stored.last, dtype)
+        if (last := stored.last) is not None:
+            write_tensors(out / name / WEIGHTS_LAST, last, dtype)
     update_index(out, prior_candidates=CANDIDATES)
     return []
 
@@ -105,7 +103,7 @@ def _to_karlo(root: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
             parts |= _PARTS[stage.kind](found[name])
         except ConfigError as error:
             problems.append(str(error))
-        notes += _forgotten(stage, _SAMPLING[stage.kind])
+        notes += _forgotten(stage)
     clip = FrozenCLIP.load(str(root / "clip")) if "clip" in names else None
     text, vision = None, None
     try:
@@ -154,26 +152,21 @@ def _upsampler(stored: StoredStage) -> dict[str, Part]:
     theirs, names = to_upsampler(config), unet_names(config.unet)
     return {
         layout.FIRST: (theirs, partial(to_diffusers, names, stored.tensors)),
-        layout.LAST: (theirs, partial(to_diffusers, names, stored.last or stored.tensors)),
+        layout.LAST: (theirs, partial(to_diffusers, names, stored.final or stored.tensors)),
         layout.UPSAMPLER_STEPS: (_steps(stored.stage), None),
     }
 
 
 _PARTS = {"prior": _prior, "decoder": _decoder, "upsampler": _upsampler}
-_SAMPLING = {
-    "prior": PRIOR_SAMPLING,
-    "decoder": DECODER_SAMPLING,
-    "upsampler": UPSAMPLER_SAMPLING,
-}
 
 
 def _steps(stage: Stage) -> dict[str, Any]:
     return to_scheduler(stage.name, stage.diffusion.config, stage.sampling.clip)
 
 
-def _forgotten(stage: Stage, karlo: dict[str, Any]) -> Iterator[str]:
+def _forgotten(stage: Stage) -> Iterator[str]:
     """What a stage's sampling says that Karlo's layout has no file for."""
-    ours = stage.sampling.model_dump()
+    ours, karlo = stage.sampling.model_dump(), SAMPLING[stage.kind]
     said = ", ".join(f"{key} {ours[key]}" for key in karlo if ours[key] != karlo[key])
     if said:
         yield f"{stage.name} is to be sampled with {said}: Karlo's layout does not hold that"

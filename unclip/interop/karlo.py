@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,7 @@ from unclip.interop.layout import (
 )
 from unclip.interop.names import Names, Renamed, prior_names, text_proj_names, unet_names
 from unclip.interop.settings import (
-    DECODER_SAMPLING,
-    PRIOR_SAMPLING,
-    UPSAMPLER_SAMPLING,
+    SAMPLING,
     decoder_config,
     diffusion_config,
     prior_config,
@@ -62,7 +59,7 @@ def _prior(folder: Folder) -> StoredStage | None:
     if not folder.has(PRIOR, PRIOR_STEPS):
         return None
     config = prior_config(*folder.config(PRIOR))
-    stage = _stage(folder, "prior", config, PRIOR_STEPS, PRIOR_SAMPLING)
+    stage = _stage(folder, "prior", config, PRIOR_STEPS)
     return StoredStage(stage, _renamed(folder, PRIOR, prior_names(config), stage), None, stage.name)
 
 
@@ -71,7 +68,7 @@ def _decoder(folder: Folder) -> StoredStage | None:
         return None
     (unet, where), (proj, where_proj) = folder.config(DECODER), folder.config(TEXT_PROJ)
     config = decoder_config(unet, proj, where, where_proj)
-    stage = _stage(folder, "decoder", config, DECODER_STEPS, DECODER_SAMPLING)
+    stage = _stage(folder, "decoder", config, DECODER_STEPS)
     if stage.diffusion.config.learned_variance != config.learned_variance:
         raise CheckpointError(f"{where}: out_channels does not fit the scheduler's variance_type")
     # A raw scale has statistics too, which nothing reads and Karlo's files don't hold.
@@ -94,21 +91,18 @@ def _upsampler(folder: Folder) -> StoredStage | None:
     config = upsampler_config(first, low, where)
     if config != upsampler_config(last, low, where_last):
         raise CheckpointError(f"{where} and {where_last} describe different networks")
-    stage = _stage(folder, f"upsampler_{config.high}", config, UPSAMPLER_STEPS, UPSAMPLER_SAMPLING)
+    stage = _stage(folder, f"upsampler_{config.high}", config, UPSAMPLER_STEPS)
     names = unet_names(config.unet)
     tensors, other = (_renamed(folder, part, names, stage) for part in (FIRST, LAST))
-    copied = all(torch.equal(x, other[name]) for name, x in tensors.items())  # ends at the first
-    return StoredStage(stage, tensors, None if copied else other, stage.name)
+    return StoredStage(stage, tensors, other, stage.name)
 
 
-def _stage(
-    folder: Folder, name: str, config: Config, steps: str, sampling: dict[str, Any]
-) -> Stage:
+def _stage(folder: Folder, name: str, config: Config, steps: str) -> Stage:
     """A stage without weights; its steps and guidance are Karlo's, its bound is the scheduler's."""
     diffusion, bound = diffusion_config(*folder.config(steps, SCHEDULER))
-    network = build(name.split("_")[0], config)
-    sampled = SamplingConfig(**sampling, clip=bound)
-    return Stage(name, network, GaussianDiffusion(diffusion), sampled)
+    kind = name.split("_")[0]
+    sampling = SamplingConfig(**SAMPLING[kind], clip=bound)
+    return Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling)
 
 
 def _renamed(folder: Folder, part: str, names: Names, stage: Stage) -> Renamed:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import CheckpointError
-from unclip.folder import shape_of, some
+from unclip.folder import shape_of, tally
 from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig
@@ -175,9 +175,8 @@ class Renamed(Mapping[str, Tensor]):
                 if part in theirs and _plain(shape_of(theirs, part)) != _plain(expected)
             ],
         }
-        problems = [f"{len(found)} {how} ({some(found)})" for how, found in wrong.items() if found]
-        if problems:
-            raise CheckpointError(f"{what} can't be used: {'; '.join(problems)}")
+        if problems := tally(wrong):
+            raise CheckpointError(f"{what} can't be used: {problems}")
 
     def shape(self, name: str) -> list[int]:
         """A tensor's shape, without reading it."""

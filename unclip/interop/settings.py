@@ -85,6 +85,13 @@ UPSAMPLER_FIXED = NET_FIXED | {
 }
 DOWN = {False: "ResnetDownsampleBlock2D", True: "SimpleCrossAttnDownBlock2D"}
 UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
+# Karlo's sampling by kind of stage, which its files don't hold: diffusers has it as defaults of its
+# pipeline.
+SAMPLING: dict[str, Theirs] = {
+    "prior": {"sampler": "ddpm", "steps": 25, "guidance": 4.0},
+    "decoder": {"sampler": "ddpm", "steps": 25, "guidance": 8.0},
+    "upsampler": {"sampler": "ddpm", "steps": 7, "guidance": 1.0},
+}
 MID = {False: "UNetMidBlock2D", True: "UNetMidBlock2DSimpleCrossAttn"}
 
 
@@ -259,8 +266,8 @@ def diffusion_config(data: Mapping[str, Any], where: str) -> tuple[DiffusionConf
     prediction = theirs.get("prediction_type", "epsilon")
     if prediction not in TARGETS:
         raise CheckpointError(f"{where}: prediction_type = {prediction!r} is not supported")
-    bound = theirs.get("clip_sample_range", 1.0) if theirs.get("clip_sample", True) else None
-    theirs.get("clip_sample_range", 1.0)
+    largest = theirs.get("clip_sample_range", 1.0)
+    bound = largest if theirs.get("clip_sample", True) else None
     steps = theirs.get("num_train_timesteps", 1000)
     theirs.close({"beta_schedule": "squaredcos_cap_v2"})
     with _readable(where):
@@ -271,12 +278,6 @@ def diffusion_config(data: Mapping[str, Any], where: str) -> tuple[DiffusionConf
             learned_variance=variance == "learned_range",
         )
     return config, bound
-
-
-# Karlo's sampling, which its files don't hold: diffusers has it as defaults of its pipeline.
-PRIOR_SAMPLING: dict[str, Any] = {"sampler": "ddpm", "steps": 25, "guidance": 4.0}
-DECODER_SAMPLING: dict[str, Any] = {"sampler": "ddpm", "steps": 25, "guidance": 8.0}
-UPSAMPLER_SAMPLING: dict[str, Any] = {"sampler": "ddpm", "steps": 7, "guidance": 1.0}
 
 
 @contextmanager

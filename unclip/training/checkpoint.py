@@ -111,7 +111,8 @@ def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
     stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
     _check_settings(stage.describe(), stored.stage.describe(), stored.where)
     trained = stored.stage.encoder
-    if source.published and stage.encoder is not None:  # the weights don't say, the parts do
+    if source.published is not None and stage.encoder is not None:
+        # Published weights don't say; the parts beside them do.
         clip = source.clip()
         trained = None if clip is None else clip.fingerprint
     if stage.encoder is not None and trained is not None:
