@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +19,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import tiny_upsampler
+from filelock import FileLock
 from parity import randomise
+from PIL import Image
 from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
 
 from unclip.errors import CheckpointError, ConfigError, DivergedError
-from unclip.folder import TensorFile, read_stage_config, resolve_folder, write_stage
+from unclip.folder import (
+    TensorFile,
+    newest_checkpoint,
+    read_stage_config,
+    resolve_folder,
+    write_stage,
+)
 from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
 
@@ -76,7 +87,7 @@ def test_finished_run_does_nothing_more(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_stops_and_the_run_continues(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -170,7 +181,7 @@ def test_metrics_have_every_entry_and_no_step_twice(tmp_path: Path) -> None:
     assert set(lines(tmp_path)[0]) == {
         "step", "images", "loss", "absolute", "grad_norm", "lr", "images_per_second", "data_wait",
         "processes",
-        "skipped",
+        "skipped", "odd",
     }  # fmt: skip
     assert lines(tmp_path)[1]["images"] == 32
     assert lines(tmp_path)[0]["lr"] == learning_rate(1, settings.train)
@@ -198,6 +209,136 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> N
     assert run(config(tmp_path / "a", nine)).name == "step-12"
     with pytest.raises(DivergedError, match=r"10 steps in a row, up to step 11"):
         run(config(tmp_path / "b", {"bad_from": 1}))
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_resumed_or_not(tmp_path: Path) -> None:
+    """Never two in a row, but more than one in a hundred over a thousand steps."""
+    bad = {"bad_from": 0, "bad_every": 3}
+    ten = run(config(tmp_path / "a", {**bad, "bad_until": 30}, steps=40))
+    state = json.loads((ten / "training" / "state.json").read_text())
+    assert state["skipped"] == [*range(1, 31, 3)]
+    with pytest.raises(DivergedError, match=r"11 of the last 31 steps, up to step 31"):
+        run(config(tmp_path / "b", bad, steps=40))
+    assert resolve_folder(tmp_path / "b").name == "step-30"
+    with pytest.raises(DivergedError, match=r"11 of the last 31 steps, up to step 31"):
+        run(config(tmp_path / "b", bad, steps=40))
+
+
+def test_steps_skipped_long_ago_are_forgotten(tmp_path: Path) -> None:
+    bad = {"bad_from": 0, "bad_every": 110}  # ten in any thousand
+    last = run(config(tmp_path, bad, steps=1400, save_every=700, log_every=700))
+    assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 400
+
+
+def test_entries_are_averaged_over_the_samples_that_have_them(tmp_path: Path) -> None:
+    """Here the odd ones; a skipped step counts in no mean."""
+    settings = config(tmp_path, {"bad_from": 1, "bad_until": 2}, steps=3, log_every=3, lr=1e-12)
+    task = TinyTask(settings)
+    ids = torch.tensor([k for k in range(24) if k % 2 and k // 8 != 1])
+    want = task.loss(task.model, TinyBatch(ids), 0)["loss"].mean().item()
+    run(settings, task)
+    assert_close(lines(tmp_path)[0]["odd"], want, rtol=1e-5, atol=0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    class Broken(TinyTask):
+        def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, torch.Tensor]:
+            if step == 7:
+                self.model.out.bias.data.fill_(torch.inf)
+            return super().loss(model, batch, step)
+
+    settings = config(tmp_path, steps=10)
+    with pytest.raises(DivergedError, match=r"out.bias is not finite at step 10, which is not"):
+        run(settings, Broken(settings))
+    assert resolve_folder(tmp_path).name == "step-5"
+    assert run(settings).name == "step-10"
+
+
+def test_a_run_folder_has_one_training_at_a_time(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "lock"), pytest.raises(ConfigError, match="another training"):
+        run(config(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+    run(config(tmp_path))
+
+
+class Killed(BaseException):
+    """Like SIGKILL, it is caught nowhere."""
+
+
+def kill_at(event: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kill before the event-th change that a save makes on disk; in the midst of a removal."""
+    events: list[str] = []
+    undone = os.fsync, os.replace, os.rename, shutil.rmtree
+
+    def count(name: str) -> bool:
+        events.append(name)
+        return len(events) - 1 == event
+
+    def change(name: str, usual: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: Any, **options: Any) -> None:
+            if count(name):
+                raise Killed
+            usual(*arguments, **options)
+
+        return changed
+
+    def remove(folder: Path, **options: Any) -> None:
+        if count("rmtree"):
+            next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+            raise Killed
+        undone[3](folder, **options)
+
+    monkeypatch.setattr(os, "fsync", change("fsync", undone[0]))
+    monkeypatch.setattr(os, "replace", change("replace", undone[1]))
+    monkeypatch.setattr(os, "rename", change("rename", undone[2]))
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    return events
+
+
+def test_a_run_killed_at_any_point_of_a_save_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"steps": 8, "save_every": 2, "sample_every": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        events = kill_at(-1, patch)
+        straight = run(config(tmp_path / "straight", **steps))
+    assert {*events} == {"fsync", "replace", "rename", "rmtree"}
+    for event in range(len(events)):
+        out = tmp_path / str(event)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            seen = kill_at(event, patch)
+            run(config(out, **steps))
+        saves = seen[:event].count("rename")
+        newest = newest_checkpoint(out, training=True)
+        assert (newest.name if newest else "step-0") == f"step-{2 * saves}"
+        assert_same_checkpoint(run(config(out, **steps)), straight)
+
+
+def test_a_full_disk_is_explained_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TinyTask):
+        def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, torch.Tensor]:
+            if step == 7:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+            return super().loss(model, batch, step)
+
+    settings = config(tmp_path / "a", log_every=100)
+    try:
+        with pytest.raises(CheckpointError, match=r"step-10 could not be written: .*Make room"):
+            run(settings, Full(settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-5"]
+    assert_same_checkpoint(run(settings), run(config(tmp_path / "b")))
+
+
+def test_no_room_for_a_preview_is_explained(tmp_path: Path) -> None:
+    class Full(TinyTask):
+        def preview(self, model: nn.Module) -> Image.Image:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"can't be written to: No space left.*Make room"):
+        run(settings, Full(settings))
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:

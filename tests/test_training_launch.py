@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from accelerate.state import AcceleratorState
 from tiny_task import TinyConfig, run
 from torch.testing import assert_close
 
+from unclip.config import load_config
+from unclip.training.fit import learning_rate
 from unclip.training.launch import main
 
 TESTS = Path(__file__).parent
@@ -36,10 +39,22 @@ def start(*arguments: str) -> None:
     main(TinyConfig, run, "Train the tiny task.", arguments)
 
 
-def start_two(*arguments: str) -> str:
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "absolute", "odd", "grad_norm"} & {*a}:
+            assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def start_two(*arguments: str, restarts: int = 0) -> str:
     """Two processes on this machine; accelerate's own launcher does the same through torchrun."""
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += ["--max-restarts", str(restarts)]
     command = [sys.executable, *launcher, str(TESTS / "tiny_task.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -52,15 +67,35 @@ def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     start(path, f"train.out={tmp_path / 'one'}")
     assert capsys.readouterr().out.count("world 1") == 1
     assert start_two(path, f"train.out={tmp_path / 'two'}").count("world 2") == 1
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in two] == list(range(1, 9))
     assert [line["skipped"] for line in two] == [0, 0, 0, 1, 1, 0, 0, 0]
-    for a, b in zip(one, two, strict=True):
-        for name in {"loss", "absolute", "grad_norm"} & {*a}:
-            assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+    assert_same_lines(one, two)
+    train = load_config(path, [], TinyConfig).train
+    assert [line["lr"] for line in two] == [learning_rate(step, train) for step in range(8)]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_another_number_of_processes_continues_a_run(tmp_path: Path, first: int) -> None:
+    path = write(tmp_path)
+    start(path, f"train.out={tmp_path / 'straight'}", "train.decay=constant")
+    for processes, steps in [(first, 4), (3 - first, 8)]:
+        begin = start_two if processes == 2 else start
+        begin(path, f"train.out={tmp_path / 'run'}", f"train.steps={steps}", "train.decay=constant")
+    straight, changed = lines(tmp_path / "straight"), lines(tmp_path / "run")
+    assert [line["processes"] for line in changed] == [first] * 4 + [3 - first] * 4
+    assert_same_lines(straight, changed)
+
+
+def test_a_launcher_that_starts_again_after_a_kill_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """torchrun kills the other process too and starts both anew."""
+    path = write(tmp_path)
+    start_two(path, f"train.out={tmp_path / 'a'}")
+    out = start_two(path, f"train.out={tmp_path / 'b'}", "kill_at=6", restarts=1)
+    assert out.count("world 2") == 2
+    a, b = (tmp_path / name / "checkpoints" / "step-8" for name in "ab")
+    for file in (path for path in a.rglob("*") if path.is_file()):
+        assert file.read_bytes() == (b / file.relative_to(a)).read_bytes(), file
 
 
 @pytest.mark.parametrize(

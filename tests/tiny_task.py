@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ class TinyConfig(Config):
     dropout: float = 0.0
     bad_from: int = 1_000_000
     bad_until: int = 1_000_000
+    bad_every: int = 1
     crash_at: int = 1_000_000
+    kill_at: int = 1_000_000
 
 
 @dataclass
@@ -62,10 +66,14 @@ class TinyTask:
     def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, Tensor]:
         x = randomness.normal(self.config.train.seed, "x", batch.ids, (4,))
         error = (model(x).squeeze(1) - x.sum(1)) ** 2
-        bad = (self.config.bad_from <= step < self.config.bad_until) & (batch.ids == batch.ids[0])
+        within = self.config.bad_from <= step < self.config.bad_until
+        within = within and step % self.config.bad_every == 0
+        bad = within & (batch.ids == batch.ids[0])
         # Only the first sample of the global batch (of 8), so that processes disagree.
         bad = bad & (batch.ids % 8 == 0)
-        return {"loss": error * torch.where(bad, torch.nan, 1.0), "absolute": error.sqrt()}
+        odd = error.where(batch.ids % 2 == 1, torch.nan)
+        loss = error * torch.where(bad, torch.nan, 1.0)
+        return {"loss": loss, "absolute": error.sqrt(), "odd": odd}
 
     def preview(self, model: nn.Module) -> Image.Image:
         assert not model.training
@@ -84,6 +92,9 @@ def stream(config: TinyConfig, start: int, rank: int = 0, world: int = 1) -> Ite
     while True:
         if step == config.crash_at:
             raise RuntimeError("crash")
+        if step == config.kill_at and rank == world - 1 and not Path(train.out, "killed").exists():
+            Path(train.out, "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         for micro in range(train.accumulate):
             first = step * train.batch + (micro * world + rank) * per
             yield TinyBatch(torch.arange(first, first + per))

@@ -98,16 +98,19 @@ class GaussianDiffusion:
 
         **Shapes**: x0, noise (B, *); t (B,) → each entry (B,). `loss` is what to minimise:
         L_simple, plus L_vlb on the variance channels (improved DDPM equation 16: 0.001 × the sum
-        over T terms is 0.001 T times the one term sampled here).
+        over T terms is 0.001 T times the one term sampled here). `mse_q0` to `mse_q3` are L_simple
+        by quarters of time, cleanest first, nan for the samples of other quarters.
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance = self.split(model(x_t, t, cond).float())
         mse = _mean((prediction - self.target(x0, t, noise)) ** 2)
+        quarter = (t * 4 // self.config.steps).to(mse.device)
+        by_time = {f"mse_q{k}": mse.where(quarter == k, torch.nan) for k in range(4)}
         if variance is None:
-            return {"loss": mse}
+            return {"loss": mse, **by_time}
         # The mean is detached: L_vlb must teach the variance only.
         vlb = self._vlb(self.x0_from(prediction.detach(), x_t, t), variance, x0, x_t, t)
-        return {"loss": mse + 0.001 * self.config.steps * vlb, "mse": mse, "vlb": vlb}
+        return {"loss": mse + 0.001 * self.config.steps * vlb, "mse": mse, "vlb": vlb, **by_time}
 
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
         """Interpolate between log β̃_t (v = −1) and log β_t (v = 1), improved DDPM equation 15.

@@ -12,17 +12,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unclip import folder as files
 from unclip.clip import check_same_encoder
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, DivergedError
 from unclip.sources import Source
 from unclip.stages import Stage
 from unclip.training.ema import EMA
@@ -41,37 +41,57 @@ class Saves(Protocol):
 
 @dataclass
 class TrainState:
-    """What a training step changes; `step` counts finished steps, skipped ones included."""
+    """What a training step changes; `step` counts finished steps, skipped ones included.
+
+    `skipped` are those of late in which loss or gradients were not finite.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
     step: int = 0
+    skipped: list[int] = field(default_factory=list)
 
 
 def save_checkpoint(run: Path, task: Saves, state: TrainState, keep: int) -> Path:
     """Write `checkpoints/step-N` beside its place, rename it, and remove the oldest.
 
     At least two are kept, so that one damaged file never ends a run.
+
+    **Raises**: `DivergedError` if a weight is not finite, `CheckpointError` if the files can't be
+    written; then the older ones stay.
     """
+    _check_finite(state)
     final = run / "checkpoints" / f"step-{state.step}"
     beside = final.with_name(final.name + ".tmp")
     for old in (run / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(old)
-    (beside / "training").mkdir(parents=True)
-    with state.ema.swapped(state.model) as averaged:
-        task.save(averaged, beside)
-    _check_stage(beside / task.name / files.WEIGHTS, state.ema)
-    files.write_tensors(beside / "training" / "weights.safetensors", state.model.state_dict())
-    files.write_tensors(beside / "training" / "optimizer.safetensors", _optimizer_tensors(state))
-    files.write_json(beside / "training" / "state.json", {"format": 1, "step": state.step})
-    files.write_manifest(beside)
+    try:
+        _write(beside, task, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} could not be written: {error}. Make room, then start the same command again: "
+            "it continues from the checkpoint before"
+        ) from None
     if final.exists():  # a damaged one that resuming has passed over
         shutil.rmtree(final)
     os.rename(beside, final)
     files.sync(final.parent)
     _prune(run, state.step, keep)
     return final
+
+
+def _write(folder: Path, task: Saves, state: TrainState) -> None:
+    (folder / "training").mkdir(parents=True)
+    with state.ema.swapped(state.model) as averaged:
+        task.save(averaged, folder)
+    _check_stage(folder / task.name / files.WEIGHTS, state.ema)
+    files.write_tensors(folder / "training" / "weights.safetensors", state.model.state_dict())
+    files.write_tensors(folder / "training" / "optimizer.safetensors", _optimizer_tensors(state))
+    saved = {"format": 1, "step": state.step, "skipped": state.skipped}
+    files.write_json(folder / "training" / "state.json", saved)
+    files.write_manifest(folder)
 
 
 def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
@@ -87,7 +107,7 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
     saved = files.read_json(folder / "training" / "state.json")
     if saved.get("format") != 1:
         raise CheckpointError(f"{folder} has training state of format {saved.get('format')!r}")
-    state.step = saved["step"]
+    state.step, state.skipped = saved["step"], saved.get("skipped", [])
 
 
 def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
@@ -162,6 +182,16 @@ def _load_optimizer(path: Path, state: TrainState) -> None:
         value = torch.empty_like(param) if saved.shape == param.shape else torch.empty_like(saved)
         value = value.to(param.device, saved.dtype).detach().copy_(saved)
         state.optimizer.state[param][key] = value
+
+
+def _check_finite(state: TrainState) -> None:
+    """Gradients may be finite and an optimizer's step with them not."""
+    for name, value in [*state.model.state_dict().items(), *state.ema.tensors().items()]:
+        if not bool(value.isfinite().all()):
+            raise DivergedError(
+                f"{name} is not finite at step {state.step}, which is not saved; lower train.lr "
+                "and start the same command again: it continues from the checkpoint before"
+            )
 
 
 def _check_stage(path: Path, ema: EMA) -> None:

@@ -24,9 +24,10 @@ from unclip.randomness import generator
 from unclip.training.checkpoint import TrainState, load_checkpoint, load_init, save_checkpoint
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
-from unclip.training.run import on_main, open_run, stop_signal
+from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
-MAX_SKIPPED = 10
+# How many steps may be skipped in a row, and among how many of the last steps as many may be.
+MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
@@ -64,9 +65,9 @@ class Task(Protocol):
     """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
 
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
-    are logged. It calls `model` (perhaps wrapped) exactly once and draws all its noise from
-    `randomness` by the batch's global ids. `preview` draws with fixed seeds. `save` keeps the names
-    of `model.state_dict()`.
+    are logged, without their nan, which marks samples that one does not apply to. It calls `model`
+    (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
+    ids. `preview` draws with fixed seeds. `save` keeps the names of `model.state_dict()`.
     """
 
     name: str
@@ -112,13 +113,25 @@ def fit(
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
     each step, without end. `begin` prepares the model of a run that starts from nothing: every
-    process calls it, and wrapping the model gives all of them the first one's. SIGTERM or SIGINT
-    saves after the current step and returns.
+    process calls it, and wrapping the model gives all of them the first one's. SIGTERM, SIGUSR1 or
+    SIGINT saves after the current step and returns.
 
-    **Raises**: `ConfigError` if the run folder belongs to another configuration,
-    `CheckpointError` if its checkpoints are damaged, `DivergedError` if ten steps in a row are
-    not finite.
+    **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
+    is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
+    `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
+    with locked(accelerator, Path(config.out)), full_disk_explained(Path(config.out)):
+        return _fit(task, batches, config, resolved, accelerator, begin)
+
+
+def _fit(
+    task: Task,
+    batches: Callable[[int], Iterator[Batch]],
+    config: TrainConfig,
+    resolved: Config,
+    accelerator: Accelerator,
+    begin: Callable[[], None] | None,
+) -> Path:
     run = Path(config.out)
     newest = on_main(accelerator, lambda: open_run(run, resolved))
     if newest is None and config.init is not None:
@@ -169,20 +182,13 @@ class _Trainer:
         if state.step == 0:
             self._preview()
         stream = batches(state.step)
-        skipped_in_a_row = 0
         while state.step < config.steps:
             lr = learning_rate(state.step, config)
             entries, wait = self._backward(stream)
-            norm, skipped, stop = self._update(entries["loss"], lr, stopped.is_set())
+            norm, skipped, stop = self._update(entries["loss"][0], lr, stopped.is_set())
             state.step += 1
             self.log.add(entries, wait, skipped)
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-            if skipped_in_a_row == MAX_SKIPPED:
-                raise DivergedError(
-                    f"loss or gradients were not finite in {MAX_SKIPPED} steps in a row, up to "
-                    f"step {state.step}; lower train.lr, raise train.warmup, or use "
-                    "train.precision=fp32"
-                )
+            self._count_skipped(skipped)
             done = state.step == config.steps
             if state.step % config.log_every == 0 or done or stop:
                 self.log.write(state.step, float(norm), lr)
@@ -196,7 +202,10 @@ class _Trainer:
                 return
 
     def _backward(self, stream: Iterator[Batch]) -> tuple[dict[str, Tensor], float]:
-        """Gradients of one global batch; this process's mean entries and its wait for data."""
+        """Gradients of one global batch; this process's entries and its wait for data.
+
+        **Shapes**: each entry (2,), the sum over samples and how many it applies to.
+        """
         config, step, rank = self.config, self.state.step, self.accelerator.process_index
         sums: dict[str, Tensor] = {}
         wait = 0.0
@@ -209,10 +218,12 @@ class _Trainer:
             more = micro < config.accumulate - 1  # processes exchange gradients once a step
             with self.accelerator.no_sync(self.wrapped) if more else nullcontext():
                 losses = self.task.loss(self.wrapped, batch, step)
-                means = {name: values.mean() for name, values in losses.items()}
-                self.accelerator.backward(means["loss"] / config.accumulate)
-            for name, value in means.items():
-                sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+                self.accelerator.backward(losses["loss"].mean() / config.accumulate)
+            for name, value in losses.items():
+                value = value.detach().float()
+                applies = ~value.isnan() | (name == "loss")
+                total = torch.where(applies, value, 0).sum()
+                sums[name] = sums.get(name, 0) + torch.stack([total, applies.sum()])
         return sums, wait
 
     def _update(self, loss: Tensor, lr: float, stop: bool) -> tuple[Tensor, bool, bool]:
@@ -238,11 +249,31 @@ class _Trainer:
         optimizer.zero_grad()
         return norm, skipped, stop
 
+    def _count_skipped(self, skipped: bool) -> None:
+        state = self.state
+        state.skipped = [step for step in state.skipped if step > state.step - WINDOW]
+        if not skipped:
+            return
+        state.skipped.append(state.step)
+        recent = state.skipped[-MAX_SKIPPED:]
+        in_a_row = len(recent) == MAX_SKIPPED and recent[0] == state.step - MAX_SKIPPED + 1
+        if in_a_row or len(state.skipped) > MAX_SKIPPED:
+            how = (
+                f"{MAX_SKIPPED} steps in a row"
+                if in_a_row
+                else f"{len(state.skipped)} of the last {min(state.step, WINDOW)} steps"
+            )
+            raise DivergedError(
+                f"loss or gradients were not finite in {how}, up to step {state.step}; lower "
+                "train.lr, raise train.warmup, or use train.precision=fp32"
+            )
+
     def _save(self) -> None:
         run = Path(self.config.out)
-        if self.accelerator.is_main_process:
-            save_checkpoint(run, self.task, self.state, self.config.keep)
-        self.accelerator.wait_for_everyone()
+        on_main(
+            self.accelerator,
+            lambda: save_checkpoint(run, self.task, self.state, self.config.keep),
+        )
         self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
     def _preview(self) -> None:

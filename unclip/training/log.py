@@ -20,8 +20,9 @@ class RunLog:
     """Means over the steps since the last line; only rank 0 writes.
 
     A line holds step and images (both counted from the start of training), the mean of every loss
-    entry over all processes, grad_norm and lr of its last step, images_per_second, data_wait (the
-    share of time spent waiting for data), skipped (steps left out as non-finite), and processes.
+    entry over the samples of all processes that have it, grad_norm and lr of its last step,
+    images_per_second, data_wait (the share of time spent waiting for data), skipped (steps left
+    out as non-finite), and processes.
     """
 
     def __init__(
@@ -39,29 +40,32 @@ class RunLog:
         self._clear()
 
     def add(self, entries: dict[str, Tensor], wait: float, skipped: bool) -> None:
-        """Take note of one finished step; a skipped one does not count in the means."""
+        """Take note of one finished step; a skipped one does not count in the means.
+
+        **Shapes**: each entry (2,), the sum over samples and how many they were.
+        """
         self._steps += 1
         self._wait += wait
         self._skipped += skipped
         if not skipped:
             for name, value in entries.items():
-                self._sums[name] = self._sums.get(name, 0) + value.float()
+                self._sums[name] = self._sums.get(name, 0) + value.double()
         if self._bar is not None:
             self._bar.update()
 
     def write(self, step: int, grad_norm: float, lr: float) -> None:
         """Write a line after `step` finished steps; every process must call this."""
         names = sorted(self._sums)
-        means = []
+        means: dict[str, float] = {}
         if names:
-            stacked = torch.stack([self._sums[name] for name in names])
-            stacked = stacked / (self._steps - self._skipped)
-            means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+            stacked = torch.stack([self._sums[name] for name in names])  # (n, 2)
+            sums, counts = self.accelerator.reduce(stacked, reduction="sum").T.tolist()
+            means = {name: s / c for name, s, c in zip(names, sums, counts, strict=True) if c}
         seconds = time.perf_counter() - self._since
         line = {
             "step": step,
             "images": step * self.batch,
-            **dict(zip(names, means, strict=True)),
+            **means,
             "grad_norm": grad_norm,
             "lr": lr,
             "images_per_second": self._steps * self.batch / seconds,

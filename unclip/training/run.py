@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from unclip import folder as files
 from unclip.config import Config, read_yaml, save_config
@@ -18,6 +20,8 @@ from unclip.errors import CheckpointError, ConfigError, UnclipError
 
 # What may differ between a run and its continuation.
 FREE_KEYS = ("steps", "save_every", "sample_every", "log_every", "keep", "out")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM warns with SIGUSR1
 
 T = TypeVar("T")
 
@@ -72,13 +76,51 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 @contextmanager
+def locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Hold the run folder; the system lets go of it when the process ends, however it ends.
+
+    **Raises**: `ConfigError` if another training holds it.
+    """
+    lock = FileLock(run / "lock")
+
+    def acquire() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another training is writing to {run}; stop it, or choose another train.out"
+            ) from None
+
+    on_main(accelerator, acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def full_disk_explained(run: Path) -> Iterator[None]:
+    """**Raises**: `CheckpointError` where the log or a preview finds no room to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise CheckpointError(
+            f"{run} can't be written to: {error.strerror}. Make room, then start the same command "
+            "again: it continues from the newest checkpoint"
+        ) from None
+
+
+@contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
+    """An event that the first SIGTERM, SIGUSR1 or SIGINT sets; a second one acts as usual."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    usual = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def handle(number: int, frame: Any) -> None:
         stopped.set()
