@@ -19,6 +19,8 @@ from unclip.config import load_config
 from unclip.data.dataset import batches, open_dataset
 from unclip.data.images import resize
 from unclip.errors import ConfigError
+from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.training.embeddings import fit_layout, fit_scale, jittered
 from unclip.training.tasks import (
     DecoderRun,
     DecoderTask,
@@ -26,8 +28,6 @@ from unclip.training.tasks import (
     PriorTask,
     UpsamplerRun,
     UpsamplerTask,
-    fit_layout,
-    fit_scale,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -102,16 +102,15 @@ def test_a_prior_learns_the_scaled_embedding_of_its_own_picture(model_folder):
 def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     run = tiny("decoder", model_folder, "model.layout={side: 8, width: 64}")
     clip = FrozenCLIP.load(run.clip)
-    monkeypatch.setattr("unclip.training.tasks.LAYOUT_COUNT", 128)
-    monkeypatch.setattr("unclip.training.tasks.LAYOUT_EPOCHS", 400)
+    monkeypatch.setattr("unclip.training.embeddings.LAYOUT_COUNT", 128)
+    monkeypatch.setattr("unclip.training.embeddings.LAYOUT_EPOCHS", 400)
     dataset = open_dataset("shapes:val", run.data.resolution)
-    decoders = [DecoderTask(run, clip).stage.network for _ in range(2)]
-    for decoder in decoders:
-        fit_scale(decoder.scale, clip, dataset)
+    decoders = []
+    for _ in range(2):
         torch.manual_seed(0)
-        for part in (decoder.layout.fc1, decoder.layout.fc2, decoder.layout.out):
-            part.reset_parameters()
-        fit_layout(decoder, clip, dataset, seed=0)
+        decoders.append(DecoderTask(run, clip).stage.network)
+        fit_scale(decoders[-1].scale, clip, dataset)
+        fit_layout(decoders[-1], clip, dataset, seed=0, jitter=0.1)
     assert_close(decoders[0].layout.state_dict(), decoders[1].layout.state_dict())
     seen = range(0, len(dataset), len(dataset) // 128)[:64]
     images = torch.stack([dataset.get(i, randomness.generator(0, "", i)).image for i in seen])
@@ -119,6 +118,38 @@ def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     drawn = decoders[0].layout(decoders[0].scale(clip.encode_image(images)))
     mean = small.mean(0, keepdim=True)
     assert (drawn - small).square().mean() < 0.7 * (mean - small).square().mean()
+
+
+def test_jitter_moves_training_embeddings_and_no_others(model_folder):
+    run = tiny("decoder", model_folder, "jitter=0.5", "train.batch=200")
+    task = DecoderTask(run, FrozenCLIP.load(run.clip))
+    scale = task.stage.network.scale
+    fit_scale(scale, task.clip, open_dataset("shapes:val", run.data.resolution))
+    batch = first_batch(run)
+    true = scale(task.clip.encode_image(batch.images))
+    seen = []
+
+    def model(x_t, t, cond):
+        seen.append(cond)
+        return x_t
+
+    task.loss(model, batch, 0)
+    task.loss(model, batch, 0)
+    assert_close(seen[0].image_embed, seen[1].image_embed)
+    off = (scale(seen[0].image_embed) - true).square().mean(1).sqrt()  # (B,), each its own sigma
+    assert off.min() < 0.05 and 0.4 < off.max() < 0.7
+    assert_close(off.mean(), torch.tensor(0.25), rtol=0.1, atol=0)
+    assert_close(scale(task._cond(batch.images, batch.captions).image_embed), true)
+
+
+def test_jitter_of_no_deviation_is_the_embedding_itself():
+    scale = EmbeddingScale(ScaleConfig(kind="whiten"), 5)
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    scale.fit(z)
+    noise = torch.ones(4, 5)
+    assert_close(jittered(scale, z, torch.zeros(4), noise), z)
+    moved = jittered(scale, z, torch.tensor([0.0, 1.0, 2.0, 3.0]), noise)
+    assert_close(moved - z, torch.arange(4.0)[:, None] * scale.std)
 
 
 def test_the_decoder_drops_conditions_at_the_configured_rates(model_folder):

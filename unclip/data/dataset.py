@@ -70,6 +70,11 @@ class Batch:
         return replace(self, images=self.images.to(device, non_blocking=True))
 
 
+def fixed(dataset: Dataset, index: int) -> Sample:
+    """Picture `index` with the same wording and augmentation every time."""
+    return dataset.get(index, generator(0, "preview", index))
+
+
 def open_dataset(spec: str, resolution: int) -> Dataset:
     """The dataset that `data.train` names, with pictures of `resolution` pixels.
 

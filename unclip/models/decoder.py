@@ -31,10 +31,11 @@ IMAGE_TOKENS = 4
 
 
 class LayoutConfig(Config):
-    """A picture of `side` pixels from a network of two hidden layers of `width`."""
+    """A picture of `side` pixels from a residual network of `blocks` layers of `width`."""
 
     side: int = Field(32, gt=0)
     width: int = Field(1024, gt=0)
+    blocks: int = Field(2, ge=0)
 
 
 class DecoderConfig(Config):
@@ -164,9 +165,12 @@ class Layout(nn.Module):
     def __init__(self, config: LayoutConfig, embed: int, time: int):
         super().__init__()
         self.side = config.side
-        self.fc1 = nn.Linear(embed, config.width)
-        self.fc2 = nn.Linear(config.width, config.width)
-        self.out = nn.Linear(config.width, 3 * config.side**2)
+        width = config.width
+        self.fc = nn.Linear(embed, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(config.blocks)])
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(config.blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, 3 * config.side**2)
         self.requires_grad_(False)
         self.gate = zero_init(nn.Linear(time, 1))
 
@@ -177,8 +181,10 @@ class Layout(nn.Module):
 
     def forward(self, z_image: Tensor) -> Tensor:
         """**Shapes**: (B, D) → (B, 3, side, side). **Units**: pixels in [-1, 1]."""
-        h = silu(self.fc2(silu(self.fc1(z_image))))  # (B, width)
-        return rearrange(self.out(h), "b (c h w) -> b c h w", h=self.side, w=self.side)
+        h = silu(self.fc(z_image))  # (B, width)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            h = h + silu(block(norm(h)))
+        return rearrange(self.out(self.norm(h)), "b (c h w) -> b c h w", h=self.side, w=self.side)
 
 
 class TextSide(nn.Module):

@@ -9,7 +9,11 @@ from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
 
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error
@@ -63,7 +67,10 @@ def _accelerator(precision: str) -> Accelerator:
         # Without it, several processes on a machine without GPU would each train alone.
         cpu=not torch.accelerator.is_available(),
         # Rank 0 draws previews and writes checkpoints while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # not a second copy
+        ],
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:

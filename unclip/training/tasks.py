@@ -6,6 +6,7 @@ B batch, D CLIP embedding, R the picture's side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,29 +16,25 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 
 from unclip import randomness
 from unclip.clip import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config
-from unclip.data.dataset import Batch, DataConfig, Dataset, batches, open_dataset
+from unclip.data.dataset import Batch, DataConfig, Dataset, batches, fixed, open_dataset
 from unclip.data.degradations import blur, bsr
 from unclip.data.images import grid, resize, to_pil
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig, sample
 from unclip.errors import ConfigError
 from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.layers import EmbeddingScale
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.stages import Stage
+from unclip.training.embeddings import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig, fit
 
-STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 PREVIEWS = 8
-# How a decoder's layout is fitted before the decoder is trained.
-LAYOUT_COUNT, LAYOUT_EPOCHS, LAYOUT_BATCH, LAYOUT_LR = 20_000, 30, 128, 1e-3
 
 
 class DropConfig(Config):
@@ -60,7 +57,10 @@ class PriorRun(Config):
 
 
 class DecoderRun(Config):
-    """A training run of the decoder; `clip` names the frozen encoder."""
+    """A training run of the decoder; `clip` names the frozen encoder.
+
+    `jitter` moves the image embeddings off the data (see `jittered`), each by another share of it.
+    """
 
     clip: str
     data: DataConfig
@@ -68,6 +68,7 @@ class DecoderRun(Config):
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     drop: DropConfig
+    jitter: float = Field(0.0, ge=0)
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -167,7 +168,7 @@ class DecoderTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids = batch.ids
-        cond = self._cond(batch.images, batch.captions)
+        cond = self._jittered(self._cond(batch.images, batch.captions), ids)
         cond = cond.drop(
             self.clip.null_text,
             drop_image=_drop(self.run, "image", ids, batch.images),
@@ -196,6 +197,15 @@ class DecoderTask:
             image_embed=self.clip.encode_image(images).float(),
             text=self.clip.encode_text(captions) if reads_text else None,
         )
+
+    def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
+        z, seed = cond.image_embed, self.run.train.seed
+        if self.run.jitter == 0 or z is None:
+            return cond
+        sigma = self.run.jitter * randomness.uniform(seed, "jitter", ids)
+        noise = randomness.normal(seed, "jittered", ids, z.shape[1:])
+        z = jittered(self.stage.network.scale, z, sigma.to(z.device), noise.to(z.device))
+        return replace(cond, image_embed=z)
 
 
 class UpsamplerTask:
@@ -265,7 +275,8 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
         if run.model.layout is not None:
-            fit_layout(task.stage.network, clip, dataset, run.train.seed)
+            seed, jitter = run.train.seed, run.jitter
+            fit_layout(task.stage.network, clip, dataset, seed, jitter, accelerator.autocast)
 
     stream = _stream(dataset, run, accelerator)
     return fit(task, stream, run.train, run, accelerator, begin)
@@ -275,47 +286,6 @@ def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
     """Train one upsampler; the newest checkpoint's folder."""
     dataset, task = _open(run), UpsamplerTask(run)
     return fit(task, _stream(dataset, run, accelerator), run.train, run, accelerator)
-
-
-def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None:
-    """Measure what `whiten` needs on pictures spread evenly over the dataset."""
-    if scale.config.kind == "whiten":
-        scale.fit(torch.cat([z for z, _ in _embedded(clip, dataset, STATISTICS_COUNT)]))
-
-
-def fit_layout(decoder: Decoder, clip: FrozenCLIP, dataset: Dataset, seed: int) -> None:
-    """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
-
-    It sees a hundred times as many pictures a second as through the U-Net, which goes on from here.
-    """
-    layout = decoder.layout
-    assert layout is not None
-    parts = [(z, resize(x, layout.side)) for z, x in _embedded(clip, dataset, LAYOUT_COUNT)]
-    device = layout.out.weight.device  # not the encoder's before the run has begun
-    z = decoder.scale(torch.cat([z for z, _ in parts]).to(device))  # (n, D)
-    x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
-    frozen = [parameter for parameter in layout.parameters() if not parameter.requires_grad]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LAYOUT_LR)
-    rounds = -(-len(z) // LAYOUT_BATCH) * LAYOUT_EPOCHS
-    bar = tqdm(range(rounds), desc="layout", delay=2.0, leave=False, disable=None)
-    for step in bar:
-        g = randomness.generator(seed, "layout", step)
-        rows = torch.randint(len(z), (LAYOUT_BATCH,), generator=g).to(device)
-        optimizer.param_groups[0]["lr"] = LAYOUT_LR * (1 - step / rounds)
-        loss = (layout(z[rows]) - x0[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-
-
-def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Embeddings and pictures of at most about `count` samples, evenly over the dataset."""
-    chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    for start in range(0, len(chosen), 64):
-        x = torch.stack([_first(dataset, i).image for i in chosen[start : start + 64]])
-        yield clip.encode_image(x).float(), x
 
 
 def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None) -> None:
@@ -336,12 +306,8 @@ def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None
 def first_samples(data: DataConfig, count: int) -> tuple[Tensor, list[str]]:
     """The first pictures of the validation set, or of the training set where there is none."""
     dataset = open_dataset(data.val or data.train, data.resolution)
-    samples = [_first(dataset, i) for i in range(min(count, len(dataset)))]
+    samples = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
     return torch.stack([s.image for s in samples]), [s.caption for s in samples]
-
-
-def _first(dataset: Dataset, index: int) -> Any:
-    return dataset.get(index, randomness.generator(0, "preview", index))
 
 
 def _open(run: Any) -> Dataset:
