@@ -205,11 +205,12 @@ def bandwidth(seconds: float = 1.0) -> float:
     return best
 
 
-class AnonymousPeak:
-    """The most anonymous memory above that at the start, looked at every two milliseconds."""
+class Peak:
+    """The most memory above that at the start, looked at every two milliseconds: anonymous, and
+    resident (with the files that are mapped)."""
 
-    def __enter__(self) -> AnonymousPeak:
-        self.base = self.peak = _anonymous()
+    def __enter__(self) -> Peak:
+        self.base = self.peak = _held()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._look)
         self.thread.start()
@@ -221,19 +222,21 @@ class AnonymousPeak:
 
     def _look(self) -> None:
         while not self.done.wait(0.002):
-            self.peak = max(self.peak, _anonymous())
+            self.peak = np.maximum(self.peak, _held())
 
-    def bytes(self) -> int:
+    def bytes(self) -> tuple[int, int]:
         """How much more than at the start, now included."""
-        self.peak = max(self.peak, _anonymous())
-        return self.peak - self.base
+        self.peak = np.maximum(self.peak, _held())
+        anonymous, resident = (self.peak - self.base).tolist()
+        return anonymous, resident
 
 
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status")
+def _held() -> np.ndarray:
+    """Anonymous and resident bytes of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    anonymous, files = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return np.array([anonymous, anonymous + files])
 
 
 def memory_of(folder: Path, who: str, dtype: str) -> dict[str, int]:
@@ -247,19 +250,20 @@ def memory_of(folder: Path, who: str, dtype: str) -> dict[str, int]:
 def _memory(folder: Path, who: str, dtype: str) -> dict[str, int]:
     from transformers import CLIPTextModelWithProjection  # noqa: F401  # imports are not counted
 
-    with AnonymousPeak() as peak:
+    with Peak() as peak:
         if who == "ours":
             pipe: Any = UnCLIP.from_pretrained(folder, dtype=getattr(torch, dtype))
         else:
             pipe = load_theirs(folder)
-        loading = peak.bytes()
+        loading, _ = peak.bytes()
         if dtype == "float32":
             if who == "ours":
                 pipe.text_to_image(PROMPTS[0], steps=STEPS)
             else:
                 pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0))
     files = sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
-    return {"loading": loading, "peak": peak.bytes(), "weights": files}
+    anonymous, resident = peak.bytes()
+    return {"loading": loading, "peak": anonymous, "resident": resident, "weights": files}
 
 
 @torch.no_grad()
@@ -319,7 +323,8 @@ def report(data: dict[str, Any]) -> str:
     reads = data["prior_bytes_per_step"] * STEPS[PRIOR] / ours[PRIOR] / 1e9
     share = 100 * reads / data["bandwidth"]
     memory = {
-        who: f"{m['peak'] / 1e6:.0f} MB (loading {m['loading'] / 1e6:.0f})"
+        who: f"{m['peak'] / 1e6:.0f} MB (loading {m['loading'] / 1e6:.0f}, "
+        f"resident {m['resident'] / 1e6:.0f})"
         for who, m in data["memory"].items()
     }
     weights = data["memory"]["ours"]["weights"] / 1e6
