@@ -82,6 +82,18 @@ def test_noised_data_has_the_closed_form_mean_and_variance():
     assert abs(x_t.var() - (1 - a_bar)) < 0.03
 
 
+def test_the_loss_is_told_by_quarters_of_time():
+    process = GaussianDiffusion(DiffusionConfig(target="x0", steps=10))
+    t, quarters = torch.arange(10), [(0, 3), (3, 5), (5, 8), (8, 10)]
+    x0 = torch.arange(1.0, 11.0)[:, None]
+    losses = process.loss(lambda x_t, t, cond: torch.zeros_like(x_t), x0, Cond(), t, x0)
+    assert_close(losses["loss"], x0[:, 0] ** 2)
+    for k, (first, last) in enumerate(quarters):
+        entry = losses[f"mse_q{k}"]
+        assert entry.isnan().logical_not().nonzero().flatten().tolist() == [*range(first, last)]
+        assert_close(entry[first:last], losses["loss"][first:last])
+
+
 def test_the_loss_of_a_perfect_prediction_is_zero_and_needs_no_batch_mates():
     diffusion = gaussian("v")
 

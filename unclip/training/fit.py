@@ -120,48 +120,39 @@ def fit(
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    with locked(accelerator, Path(config.out)), full_disk_explained(Path(config.out)):
-        return _fit(task, batches, config, resolved, accelerator, begin)
-
-
-def _fit(
-    task: Task,
-    batches: Callable[[int], Iterator[Batch]],
-    config: TrainConfig,
-    resolved: Config,
-    accelerator: Accelerator,
-    begin: Callable[[], None] | None,
-) -> Path:
     run = Path(config.out)
-    newest = on_main(accelerator, lambda: open_run(run, resolved))
-    if newest is None and config.init is not None:
-        load_init(task, task.model, config.init)
-    elif newest is None and begin is not None:
-        begin()
-    task.model.train()
-    if config.compile:
-        task.model.compile()  # in place: keys keep their names
-    wrapped = accelerator.prepare_model(task.model)
-    state = TrainState(task.model, build_optimizer(task.model, config), EMA(task.model, config.ema))
-    if newest is not None:
-        load_checkpoint(newest, task, state)
-    log = RunLog(
-        run, start=state.step, steps=config.steps, batch=config.batch, accelerator=accelerator
-    )
-    if newest is not None:
-        log.say(f"resumed from {newest}")
-    trainer = _Trainer(task, wrapped, config, state, log, accelerator)
-    try:
-        with stop_signal() as stopped:
-            trainer.train(batches, stopped)
-    finally:
-        log.close()
-        # Take accelerate's autocast wrapper off the model's forward again.
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.wait_for_everyone()
-    saved = trainer.saved or newest
-    assert saved is not None, "steps >= 1 always ends in a checkpoint"
-    return saved
+    with locked(accelerator, run), full_disk_explained(run):
+        newest = on_main(accelerator, lambda: open_run(run, resolved))
+        if newest is None and config.init is not None:
+            load_init(task, task.model, config.init)
+        elif newest is None and begin is not None:
+            begin()
+        task.model.train()
+        if config.compile:
+            task.model.compile()  # in place: keys keep their names
+        wrapped = accelerator.prepare_model(task.model)
+        state = TrainState(
+            task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
+        )
+        if newest is not None:
+            load_checkpoint(newest, task, state)
+        log = RunLog(
+            run, start=state.step, steps=config.steps, batch=config.batch, accelerator=accelerator
+        )
+        if newest is not None:
+            log.say(f"resumed from {newest}")
+        trainer = _Trainer(task, wrapped, config, state, log, accelerator)
+        try:
+            with stop_signal() as stopped:
+                trainer.train(batches, stopped)
+        finally:
+            log.close()
+            # Take accelerate's autocast wrapper off the model's forward again.
+            accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        accelerator.wait_for_everyone()
+        saved = trainer.saved or newest
+        assert saved is not None, "steps >= 1 always ends in a checkpoint"
+        return saved
 
 
 @dataclass

@@ -9,11 +9,7 @@ from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
-from accelerate import (
-    Accelerator,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error

@@ -27,14 +27,13 @@ T = TypeVar("T")
 
 
 def open_run(run: Path, resolved: Config) -> Path | None:
-    """The checkpoint to resume from, if any, after comparing configurations."""
+    """The checkpoint to resume from, if any, after comparing configurations; `run` is a folder."""
     newest = files.newest_checkpoint(run, training=True)
     saved = run / "config.yaml"
     if newest is not None:
         if not saved.is_file():
             raise CheckpointError(f"{run} has checkpoints but no config.yaml")
         _check_same(_flat(read_yaml(saved)), _flat(resolved.model_dump(mode="json")), run)
-    run.mkdir(parents=True, exist_ok=True)
     save_config(resolved, saved)
     return newest
 
