@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import DataError
 from unclip.models.decoder import Decoder, DecoderConfig, LayoutConfig
-from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.models.layers import DraftConfig, EmbeddingScale, ScaleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNetConfig, upsampled_conv
@@ -35,9 +35,10 @@ def unet_config(**changes: Any) -> UNetConfig:
     return UNetConfig(**base | {"mid_attention": True, "head_channels": 8, "groups": 4} | changes)
 
 
-def prior(**changes: Any) -> DiffusionPrior:
+def prior(draft: DraftConfig | None = None, **changes: Any) -> DiffusionPrior:
     base = {"embed": EMBED, "text_width": TEXT, "context": CONTEXT, "scale": WHITEN}
-    return DiffusionPrior(PriorConfig(transformer=transformer_config(**changes), **base))
+    transformer = transformer_config(**changes)
+    return DiffusionPrior(PriorConfig(transformer=transformer, draft=draft, **base))
 
 
 def decoder(unet: UNetConfig | None = None, **changes: Any) -> Decoder:
@@ -490,4 +491,24 @@ def test_a_layout_is_drawn_once_from_the_embedding_alone() -> None:
         model.layout.gate.bias.fill_(1e4)
     assert_close(model(x_t, t, both), cache.layout)  # with all of the share nothing else counts
     trained = {name for name, p in model.layout.named_parameters() if p.requires_grad}
+    assert trained == {"gate.weight", "gate.bias"}
+
+
+def test_a_draft_is_made_once_from_the_text_embedding_alone() -> None:
+    model = prior(draft=DraftConfig(width=8)).eval()
+    randomise(model, 1)
+    cond = Cond(text=text_encoding([3, 5]))
+    cache = model.prepare(cond).cache
+    assert_close(cache.draft, model.drafted(cond.text.embed))
+    assert cache.draft.shape == (2, EMBED)
+    louder = cond.text._replace(embed=3 * cond.text.embed)
+    assert_close(model.drafted(louder.embed), cache.draft)  # only directions count
+    x_t, t = torch.randn(2, EMBED), torch.tensor([10, 900])
+    prepared = model.prepare(cond)
+    moved = replace(prepared, cache=cache._replace(draft=cache.draft + 1))
+    assert not torch.allclose(model(x_t, t, prepared), model(x_t, t, moved))
+    with torch.no_grad():
+        model.draft.gate.bias.fill_(1e4)
+    assert_close(model(x_t, t, cond), cache.draft)  # with all of the share nothing else counts
+    trained = {name for name, p in model.draft.named_parameters() if p.requires_grad}
     assert trained == {"gate.weight", "gate.bias"}

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from train.clip import ClipRun
 from unclip import randomness
 from unclip.clip import FrozenCLIP
+from unclip.conditioning import TextEncoding
 from unclip.config import load_config
-from unclip.data.dataset import batches, open_dataset
+from unclip.data.dataset import Sample, batches, open_dataset
 from unclip.data.images import resize
 from unclip.errors import ConfigError
 from unclip.models.layers import EmbeddingScale, ScaleConfig
-from unclip.training.embeddings import fit_layout, fit_scale, jittered
+from unclip.training.embeddings import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.tasks import (
     DecoderRun,
     DecoderTask,
@@ -118,6 +120,48 @@ def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     drawn = decoders[0].layout(decoders[0].scale(clip.encode_image(images)))
     mean = small.mean(0, keepdim=True)
     assert (drawn - small).square().mean() < 0.7 * (mean - small).square().mean()
+
+
+def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
+    """Here an embedding follows from its caption's, though not along a straight line."""
+    monkeypatch.setattr("unclip.training.embeddings.DRAFT_COUNT", 512)
+    monkeypatch.setattr("unclip.training.embeddings.DRAFT_EPOCHS", 200)
+    g = torch.Generator().manual_seed(0)
+    told = torch.randn(256, 16, generator=g) * torch.logspace(0, -1, 16)  # correlated, uneven
+    told = F.normalize(told @ torch.randn(16, 16, generator=g) + 2, dim=-1)
+    turned = (told - told.mean(0)) @ torch.randn(16, 16, generator=g)
+    shown = turned.abs() + 0.3 * turned
+
+    class Rows:
+        name = "rows"
+
+        def __len__(self):
+            return 256
+
+        def get(self, index, generator):
+            return Sample(shown[index], str(index), str(index))
+
+    def encode_text(captions):
+        embed = torch.stack([told[int(c)] if c.isdigit() else -told[0] for c in captions])
+        return TextEncoding(embed[:, None], torch.ones(len(embed), 1, dtype=torch.bool), embed)
+
+    run = tiny("prior", model_folder, "model.draft={width: 64}")
+    clip = FrozenCLIP.load(run.clip)
+    monkeypatch.setattr(clip, "encode_text", encode_text)
+    priors = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        priors.append(PriorTask(run, clip).stage.network)
+        fit_scale(priors[-1].scale, clip, Rows())
+        fit_draft(priors[-1], clip, Rows(), seed=0, drop=0.2)
+    assert_close(priors[0].draft.state_dict(), priors[1].draft.state_dict())
+    x0 = priors[0].scale(shown)
+    error = (priors[0].drafted(told) - x0).square().mean()
+    with_one = torch.cat([told, torch.ones(256, 1)], dim=1)
+    line = with_one @ torch.linalg.lstsq(with_one, x0).solution
+    assert error < 0.5 * (line - x0).square().mean()
+    null = priors[0].drafted(clip.null_text.embed)  # dropped captions tell nothing
+    assert null.square().mean() < 0.1
 
 
 def test_jitter_moves_training_embeddings_and_no_others(model_folder):

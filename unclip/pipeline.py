@@ -70,7 +70,7 @@ class UnCLIP:
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
         source = Source(folder)
-        stored = dict(source.stages)
+        stored = source.stages
         if upsampler_1024 is not None:
             stored["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")
         home = torch.device("cpu" if offload else device)
@@ -79,7 +79,8 @@ class UnCLIP:
             if source.published is None:
                 _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
             clip = clip.to(home, dtype)
-        stages = {name: one.load(home, dtype) for name, one in stored.items()}
+        # A file is let go of when its network has been read, so that no two are mapped at once.
+        stages = {name: stored.pop(name).load(home, dtype) for name in list(stored)}
         return cls(
             clip,
             stages.get("prior"),

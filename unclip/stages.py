@@ -257,4 +257,5 @@ def _tensors(network: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]
     tensors = network.state_dict()
     if dtype is None:
         return tensors
-    return {n: x if n.startswith("scale.") else x.to(dtype) for n, x in tensors.items()}
+    kept = ("scale.", "text_scale.")
+    return {n: x if n.startswith(kept) else x.to(dtype) for n, x in tensors.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,7 +25,10 @@ from unclip.randomness import generator, permutation
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture. **Shapes**: image (3, R, R) float32 in [-1, 1]."""
+    """One captioned picture, or from a cache its embedding.
+
+    **Shapes**: image (3, R, R) float32 in [-1, 1], or (D,) float32.
+    """
 
     image: Tensor
     caption: str
@@ -44,7 +48,8 @@ class Dataset(Protocol):
 
 
 class DataConfig(Config):
-    """What to train on: `emoji`, `shapes`, a folder, a table of captions, or tar shards."""
+    """What to train on: `emoji`, `shapes`, a folder, a table of captions, tar shards, or for a
+    prior a cache of embeddings."""
 
     train: str
     val: str | None = None
@@ -55,7 +60,8 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class Batch:
-    """**Shapes**: images (B, 3, H, W) float32 in [-1, 1]; ids (B,) int64 global sample ids."""
+    """**Shapes**: images (B, 3, H, W) float32 in [-1, 1], or (B, D) embeddings from a cache; ids
+    (B,) int64 global sample ids."""
 
     images: Tensor
     captions: list[str]
@@ -75,12 +81,13 @@ def fixed(dataset: Dataset, index: int) -> Sample:
     return dataset.get(index, generator(0, "preview", index))
 
 
-def open_dataset(spec: str, resolution: int) -> Dataset:
+def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dataset:
     """The dataset that `data.train` names, with pictures of `resolution` pixels.
 
     `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`; a folder
     of pictures; a `.jsonl` or `.csv` of captions; a tar file, a folder of tar files, or a pattern
-    such as `shards-{000..009}.tar` or `shards/*.tar`.
+    such as `shards-{000..009}.tar` or `shards/*.tar`. With `embeddings` also a cache
+    (`train/embed.py`, clip-retrieval), whose samples hold those instead of pictures.
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
@@ -95,9 +102,20 @@ def open_dataset(spec: str, resolution: int) -> Dataset:
         from unclip.data.shapes import Shapes
 
         return Shapes(resolution, split or "train")
+    if is_cache(spec):
+        if not embeddings:
+            raise DataError(f"{spec} holds embeddings, not pictures: only a prior learns from them")
+        from unclip.data.cache import EmbeddingCache
+
+        return EmbeddingCache(Path(spec))
     from unclip.data.readers import open_path
 
     return open_path(spec, resolution)
+
+
+def is_cache(spec: str) -> bool:
+    """Whether `data.train` names a cache of embeddings."""
+    return (Path(spec) / "img_emb").is_dir()
 
 
 def batches(

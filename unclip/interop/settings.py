@@ -299,6 +299,7 @@ def to_prior(config: PriorConfig) -> Theirs:
         ("text_width", config.text_width, config.embed),
         ("scale.kind", scale.kind, "whiten"),
         ("scale.normalize", scale.normalize, False),
+        ("draft", config.draft, None),
     )
     return {
         "num_attention_heads": inner.heads,

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
 from unclip.models.layers import (
+    Draft,
+    DraftConfig,
     EmbeddingScale,
     ScaleConfig,
     TimeEmbedding,
-    silu,
     trim_text,
-    zero_init,
 )
 from unclip.models.transformer import Transformer, TransformerConfig
 from unclip.models.unet import Context, UNet, UNetConfig
@@ -30,12 +30,10 @@ from unclip.models.unet import Context, UNet, UNetConfig
 IMAGE_TOKENS = 4
 
 
-class LayoutConfig(Config):
-    """A picture of `side` pixels from a residual network of `blocks` layers of `width`."""
+class LayoutConfig(DraftConfig):
+    """A draft of the picture, `side` pixels wide."""
 
     side: int = Field(32, gt=0)
-    width: int = Field(1024, gt=0)
-    blocks: int = Field(2, ge=0)
 
 
 class DecoderConfig(Config):
@@ -152,39 +150,21 @@ class Decoder(nn.Module):
         layout = cache.layout.to(x_t.dtype)
         x = torch.cat([x_t, layout], dim=1)  # (B, 6, H, W)
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
-        return out + self.layout.share(time).to(x_t.dtype) * (layout - out)
+        share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
+        return out + share * (layout - out)
 
 
-class Layout(nn.Module):
-    """A small picture straight from the scaled image embedding, and its share in the result.
-
-    The picture is learned by itself (`fit_layout`) and then stays: as a part of the whole it would
-    drift into a code that tells the U-Net less.
-    """
+class Layout(Draft):
+    """A small picture straight from the scaled image embedding, and its share in the result."""
 
     def __init__(self, config: LayoutConfig, embed: int, time: int):
-        super().__init__()
+        super().__init__(config, embed, 3 * config.side**2, time)
         self.side = config.side
-        width = config.width
-        self.fc = nn.Linear(embed, width)
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(config.blocks)])
-        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(config.blocks)])
-        self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, 3 * config.side**2)
-        self.requires_grad_(False)
-        self.gate = zero_init(nn.Linear(time, 1))
 
-    def share(self, time: Tensor) -> Tensor:
-        """From 0 to 1. **Shapes**: the time embedding (B, E) → (B, 1, 1, 1)."""
-        logit = self.gate(time) / time.shape[1] ** 0.5 - 4  # begins at 2 %, moves in small steps
-        return logit.sigmoid()[:, :, None, None]
-
-    def forward(self, z_image: Tensor) -> Tensor:
-        """**Shapes**: (B, D) → (B, 3, side, side). **Units**: pixels in [-1, 1]."""
-        h = silu(self.fc(z_image))  # (B, width)
-        for norm, block in zip(self.norms, self.blocks, strict=True):
-            h = h + silu(block(norm(h)))
-        return rearrange(self.out(self.norm(h)), "b (c h w) -> b c h w", h=self.side, w=self.side)
+    def forward(self, condition: Tensor) -> Tensor:
+        """**Shapes**: z_image (B, D) → (B, 3, side, side). **Units**: pixels in [-1, 1]."""
+        pixels = super().forward(condition)
+        return rearrange(pixels, "b (c h w) -> b c h w", h=self.side, w=self.side)
 
 
 class TextSide(nn.Module):

@@ -68,6 +68,44 @@ def zero_init(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     return layer
 
 
+class DraftConfig(Config):
+    """A residual network of `blocks` fully connected layers of `width`."""
+
+    width: int = Field(1024, gt=0)
+    blocks: int = Field(2, ge=0)
+
+
+class Draft(nn.Module):
+    """What a condition alone lets one expect, and its share in a network's result.
+
+    The expectation is learned by itself (`fit_layout`, `fit_draft`) and then stays: as a part of
+    the whole it would drift into a code that tells the network less.
+    """
+
+    def __init__(self, config: DraftConfig, inputs: int, outputs: int, time: int):
+        super().__init__()
+        width = config.width
+        self.fc = nn.Linear(inputs, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(config.blocks)])
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(config.blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, outputs)
+        self.requires_grad_(False)
+        self.gate = zero_init(nn.Linear(time, 1))
+
+    def share(self, time: Tensor) -> Tensor:
+        """From 0 to 1. **Shapes**: the time embedding (B, E) → (B, 1)."""
+        logit = self.gate(time) / time.shape[1] ** 0.5 - 4  # begins at 2 %, moves in small steps
+        return logit.sigmoid()
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """**Shapes**: (B, inputs), scaled → (B, outputs)."""
+        h = silu(self.fc(condition))  # (B, width)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            h = h + silu(block(norm(h)))
+        return self.out(self.norm(h))
+
+
 def run(block: Callable[..., Any], *args: Any, checkpointing: bool) -> Any:
     """Call a block; with checkpointing, store only its inputs and run it again going backward."""
     if checkpointing and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What a run learns from its training embeddings before it begins: their scale, and the layout."""
+"""What a run learns from its training embeddings before it begins: their scale, and drafts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from tqdm import tqdm
 
 from unclip import randomness
 from unclip.clip import FrozenCLIP
+from unclip.data.cache import as_embeddings
 from unclip.data.dataset import Dataset, fixed
 from unclip.data.images import resize
 from unclip.models.decoder import Decoder
-from unclip.models.layers import EmbeddingScale
+from unclip.models.layers import Draft, EmbeddingScale
+from unclip.models.prior import DiffusionPrior
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
-LAYOUT_COUNT, LAYOUT_EPOCHS, LAYOUT_BATCH, LAYOUT_LR = 20_000, 120, 256, 2e-3
+LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
+DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
+DRAFT_JITTER = 0.5  # the most noise on a caption, in deviations of the captions in each direction
+DRAFT_FLOOR = 0.1  # directions in which captions differ less than this are not blown up to one
+BATCH, LR = 256, 2e-3
+
+Autocast = Callable[[], AbstractContextManager[None]]
 
 
 def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None:
@@ -32,7 +40,7 @@ def fit_layout(
     dataset: Dataset,
     seed: int,
     jitter: float = 0.0,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    autocast: Autocast = nullcontext,
 ) -> None:
     """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
 
@@ -45,26 +53,83 @@ def fit_layout(
     device = layout.out.weight.device  # not the encoder's before the run has begun
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
-    frozen = [parameter for parameter in layout.parameters() if not parameter.requires_grad]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LAYOUT_LR, fused=True)
-    rounds = -(-len(z) // LAYOUT_BATCH) * LAYOUT_EPOCHS
-    bar = tqdm(range(rounds), desc="layout", delay=2.0, leave=False, disable=None)
-    for step in bar:
-        g = randomness.generator(seed, "layout", step)
-        rows = torch.randint(len(z), (LAYOUT_BATCH,), generator=g)
-        share = torch.rand(LAYOUT_BATCH, generator=g)
-        noise = torch.randn(LAYOUT_BATCH, z.shape[1], generator=g)
-        optimizer.param_groups[0]["lr"] = LAYOUT_LR * min(1, 20 * step / rounds, 1 - step / rounds)
-        rows, share, noise = rows.to(device), share.to(device), noise.to(device)
-        z_image = decoder.scale(jittered(decoder.scale, z[rows], jitter * share, noise))
+
+    def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(z), (BATCH,), generator=g).to(device)
+        sigma, noise = _jitter(jitter, z.shape[1], g)
+        z_image = jittered(decoder.scale, z[rows], sigma.to(device), noise.to(device))
+        return decoder.scale(z_image), x0[rows]
+
+    _fit("layout", layout, draw, -(-len(z) // BATCH) * LAYOUT_EPOCHS, seed, autocast)
+
+
+def fit_draft(
+    prior: DiffusionPrior,
+    clip: FrozenCLIP,
+    dataset: Dataset,
+    seed: int,
+    drop: float = 0.0,
+    autocast: Autocast = nullcontext,
+) -> None:
+    """Fit a prior's draft by itself to image embeddings, by least squares, from captions.
+
+    Small datasets are gone through several times, for other wordings. The share `drop` of captions
+    is the null text, as when the prior trains, so that its draft is the mean embedding.
+    """
+    draft, scale = prior.draft, prior.text_scale
+    assert draft is not None and scale is not None
+    device = draft.out.weight.device  # not the encoder's before the run has begun
+    pairs = list(_paired(clip, dataset, seed, DRAFT_COUNT))
+    x0 = prior.scale(torch.cat([z for z, _ in pairs]).to(device))  # (n, D)
+    text = torch.cat([z for _, z in pairs]).to(device)
+    scale.fit(text)
+    null = scale(clip.null_text.embed.to(device))  # (1, D)
+    text = scale(text)
+    # Fitted where every direction counts alike, three times faster; the first layer then turns.
+    _, spread, axes = torch.linalg.svd(text, full_matrices=False)
+    spread = spread / len(text) ** 0.5
+    turn = axes / spread.clamp(min=DRAFT_FLOOR)[:, None]  # (D, D)
+
+    def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(x0), (BATCH,), generator=g).to(device)
+        dropped = (torch.rand(BATCH, 1, generator=g) < drop).to(device)
+        sigma, noise = _jitter(DRAFT_JITTER, text.shape[1], g)
+        z_text = torch.where(dropped, null, text[rows]) @ turn.T
+        return z_text + sigma[:, None].to(device) * noise.to(device), x0[rows]
+
+    _fit("draft", draft, draw, -(-len(x0) // BATCH) * DRAFT_EPOCHS, seed, autocast)
+    with torch.no_grad():
+        draft.fc.weight.copy_(draft.fc.weight @ turn)
+
+
+def _fit(
+    name: str,
+    draft: Draft,
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    rounds: int,
+    seed: int,
+    autocast: Autocast,
+) -> None:
+    """Least squares on `rounds` batches of (condition, what it stands for)."""
+    frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
+    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LR, fused=True)
+    for step in tqdm(range(rounds), desc=name, delay=2.0, leave=False, disable=None):
+        condition, x0 = draw(randomness.generator(seed, name, step))
+        optimizer.param_groups[0]["lr"] = LR * min(1, 20 * step / rounds, 1 - step / rounds)
         with autocast():
-            drawn = layout(z_image)
-        loss = (drawn.float() - x0[rows]).square().mean()
+            expected = draft(condition)
+        loss = (expected.float() - x0).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def _jitter(most: float, width: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A deviation for each of a batch, evenly up to `most` (B,), and normal noise (B, width)."""
+    sigma = most * torch.rand(BATCH, generator=g)
+    return sigma, torch.randn(BATCH, width, generator=g)
 
 
 def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -81,4 +146,18 @@ def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     for start in range(0, len(chosen), 64):
         x = torch.stack([fixed(dataset, i).image for i in chosen[start : start + 64]])
-        yield clip.encode_image(x).float(), x
+        yield as_embeddings(clip, x), x
+
+
+def _paired(
+    clip: FrozenCLIP, dataset: Dataset, seed: int, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embeddings (n, D) of `count` pictures and of their captions, evenly over the dataset."""
+    for start in range(0, count, 64):
+        samples = [
+            dataset.get(j * len(dataset) // count, randomness.generator(seed, "draft caption", j))
+            for j in range(start, min(start + 64, count))
+        ]
+        x = torch.stack([sample.image for sample in samples])
+        text = clip.encode_text([sample.caption for sample in samples])
+        yield as_embeddings(clip, x), text.embed.float()

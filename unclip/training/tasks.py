@@ -21,7 +21,8 @@ from unclip import randomness
 from unclip.clip import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config
-from unclip.data.dataset import Batch, DataConfig, Dataset, batches, fixed, open_dataset
+from unclip.data.cache import EmbeddingCache, as_embeddings
+from unclip.data.dataset import Batch, DataConfig, Dataset, batches, fixed, is_cache, open_dataset
 from unclip.data.degradations import blur, bsr
 from unclip.data.images import grid, resize, to_pil
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
@@ -31,7 +32,7 @@ from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.stages import Stage
-from unclip.training.embeddings import fit_layout, fit_scale, jittered
+from unclip.training.embeddings import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig, fit
 
 PREVIEWS = 8
@@ -54,6 +55,12 @@ class PriorRun(Config):
     sampling: SamplingConfig
     drop: DropConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> PriorRun:
+        if self.model.draft is not None and self.diffusion.target != "x0":
+            raise ValueError("model.draft needs diffusion.target = x0")
+        return self
 
 
 class DecoderRun(Config):
@@ -129,7 +136,7 @@ class PriorTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each pair. **Shapes**: → (B,)."""
         ids = batch.ids
-        z_image = self.clip.encode_image(batch.images).float()
+        z_image = as_embeddings(self.clip, batch.images)
         cond = Cond(text=self.clip.encode_text(batch.captions))
         cond = cond.drop(self.clip.null_text, drop_text=_drop(self.run, "text", ids, z_image))
         x0 = self.stage.network.scale(z_image)  # (B, D)
@@ -138,6 +145,8 @@ class PriorTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
+        if self.run.data.val is None and is_cache(self.run.data.train):
+            return None  # no pictures to show
         images, captions = first_samples(self.run.data, 64)
         z_image = self.clip.encode_image(images)
         text = self.clip.encode_text(captions[:PREVIEWS])
@@ -257,11 +266,17 @@ class UpsamplerTask:
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset, clip = _open(run), FrozenCLIP.load(run.clip, accelerator.device)
+    dataset = open_dataset(run.data.train, run.data.resolution, embeddings=True)
+    clip = FrozenCLIP.load(run.clip, accelerator.device)
+    if isinstance(dataset, EmbeddingCache):
+        dataset.check_encoder(clip, run.clip)
     task = PriorTask(run, clip)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
+        if run.model.draft is not None:
+            seed, drop = run.train.seed, run.drop.text
+            fit_draft(task.stage.network, clip, dataset, seed, drop, accelerator.autocast)
 
     stream = _stream(dataset, run, accelerator)
     return fit(task, stream, run.train, run, accelerator, begin)

@@ -1,0 +1,109 @@
+"""How fast one core feeds a training: pictures decoded and degraded, rows of a cache, embeddings.
+
+See benchmarks/README.md. All is made anew in a temporary folder, then read as a run reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from unclip.clip import FrozenCLIP
+from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cache, write_cache
+from unclip.data.dataset import Dataset, batches, open_dataset
+from unclip.data.degradations import bsr
+from unclip.data.images import to_pil
+from unclip.errors import exit_on_error
+from unclip.evaluation import markdown_table
+from unclip.folder import write_json
+from unclip.randomness import generator
+
+SECONDS = 3.0  # for each measurement
+
+
+def rate(work: Callable[[int], int], seconds: float = SECONDS) -> float:
+    """Items a second of `work(k)`, which says how many it did; the first call warms up."""
+    work(0)
+    done, k, began = 0, 1, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        done, k = done + work(k), k + 1
+    return done / (time.perf_counter() - began)
+
+
+def write_tar(path: Path, dataset: Dataset, count: int, form: str) -> None:
+    """A webdataset shard of the first pictures."""
+    with tarfile.open(path, "w") as tar:
+        for index in range(count):
+            sample = dataset.get(index, generator(0, "benchmark", index))
+            file = io.BytesIO()
+            to_pil(sample.image).save(file, form, quality=90)
+            parts = {form.lower(): file.getvalue(), "txt": sample.caption.encode()}
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{index:06}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def measure_pictures(root: Path, side: int, form: str) -> dict[str, float]:
+    """Pictures a second from a tar shard, in training order; at 1024 also degraded."""
+    shard = root / f"{form}-{side}.tar"
+    write_tar(shard, open_dataset("emoji-vector:val", side), min(100, 2**20 // side), form)
+    stream = batches(open_dataset(str(shard), side), batch=8, seed=0)
+
+    def read(k: int) -> int:
+        return len(next(stream))
+
+    def degrade(k: int) -> int:
+        batch = next(stream)
+        for image, g in zip(batch.images, batch.ids.tolist(), strict=True):
+            bsr(image, side // 4, generator(0, "bsr", g))
+        return len(batch)
+
+    return {"read": rate(read)} | ({"read and BSR": rate(degrade)} if side == 1024 else {})
+
+
+def measure_cache(root: Path, clip: FrozenCLIP, rows: int) -> dict[str, float]:
+    """Embeddings written a second from pictures in memory; rows read a second, in random order."""
+    plan = CachePlan("shapes", clip.image_size, 0, 1, rows, rows)
+    begin_cache(root / "cache", clip, plan)
+    dataset = open_dataset("shapes", clip.image_size)
+    written = write_cache(root / "cache", dataset, clip, plan)
+    finish_cache(root / "cache")
+    stream = batches(EmbeddingCache(root / "cache"), batch=256, seed=0)
+    return {"written": written, "read": rate(lambda k: len(next(stream)))}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and keep the numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--clip", default="weights/emoji", help="the encoder of the cache")
+    parser.add_argument("--rows", type=int, default=4000, help="of the cache")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.json"))
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with exit_on_error(), tempfile.TemporaryDirectory() as folder:
+        result = {
+            f"{form}, {side} px": measure_pictures(Path(folder), side, form)
+            for side, form in ((64, "PNG"), (256, "JPEG"), (1024, "JPEG"))
+        }
+        clip = FrozenCLIP.load(given.clip)
+        result[f"embeddings, {clip.image_size} px"] = measure_cache(Path(folder), clip, given.rows)
+        rows = [
+            [what, how, f"{value:,.0f}"]
+            for what, rates in result.items()
+            for how, value in rates.items()
+        ]
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(given.out, result)
+        print(markdown_table(["what", "how", "a second, one core"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Caches of embeddings: what they hold, who writes and reads them, and what a prior does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_clip
+from PIL import Image
+from test_tasks import tiny
+from torch.testing import assert_close
+
+from unclip.clip import FrozenCLIP
+from unclip.data.cache import (
+    CachePlan,
+    EmbeddingCache,
+    begin_cache,
+    finish_cache,
+    write_cache,
+)
+from unclip.data.dataset import batches, open_dataset
+from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.randomness import generator
+from unclip.training.tasks import PriorRun, PriorTask, train_prior
+
+ROOT = Path(__file__).parents[1]
+ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
+
+
+@pytest.fixture(scope="module")
+def clip() -> FrozenCLIP:
+    return tiny_clip()
+
+
+def make(root: Path, clip: FrozenCLIP, world: int = 1, rows: int = ROWS) -> EmbeddingCache:
+    dataset = open_dataset("shapes:val", 16)
+    plan = CachePlan("shapes:val", 16, 0, ROUNDS, rows, ROUNDS * len(dataset))
+    begin_cache(root, clip, plan)
+    for rank in range(world):
+        write_cache(root, dataset, clip, plan, rank=rank, world=world, batch=64)
+    finish_cache(root)
+    return EmbeddingCache(root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, clip: FrozenCLIP) -> Path:
+    path = tmp_path_factory.mktemp("cache") / "shapes"
+    make(path, clip)
+    return path
+
+
+def copy(root: Path, to: Path) -> Path:
+    for file in root.rglob("*"):
+        if file.is_file():
+            (to / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            (to / file.relative_to(root)).write_bytes(file.read_bytes())
+    return to
+
+
+def test_a_cache_holds_embedding_caption_and_key_of_every_sample(
+    root: Path, clip: FrozenCLIP
+) -> None:
+    dataset, cache = open_dataset("shapes:val", 16), open_dataset(str(root), 16, embeddings=True)
+    n = len(dataset)
+    assert len(cache) == ROUNDS * n
+    for number in (0, 1, ROWS - 1, ROWS, n, ROUNDS * n - 1):
+        sample = dataset.get(number % n, generator(0, "embedding", number))
+        row = cache.get(number, torch.Generator())
+        assert (row.caption, row.key) == (sample.caption, sample.key)
+        assert_close(row.image, clip.encode_image(sample.image[None])[0], rtol=1e-3, atol=1e-3)
+    with pytest.raises(IndexError):
+        cache.get(ROUNDS * n, torch.Generator())
+
+
+def test_the_statistics_are_those_of_all_rows(root: Path) -> None:
+    shards = sorted((root / "img_emb").glob("*.npy"))
+    assert [len(np.load(shard)) for shard in shards] == [700, 324]
+    z = torch.from_numpy(np.concatenate([np.load(shard) for shard in shards])).double()
+    index = json.loads((root / "embeddings.json").read_text())
+    assert_close(torch.tensor(index["mean"], dtype=torch.double), z.mean(0))
+    assert_close(torch.tensor(index["std"], dtype=torch.double), z.std(0, correction=0))
+
+
+def test_several_processes_and_an_interruption_give_the_same_files(
+    root: Path, clip: FrozenCLIP, tmp_path: Path
+) -> None:
+    begun = copy(root, tmp_path / "begun")
+    (begun / "img_emb" / "img_emb_00001.npy").unlink()
+    half = begun / "img_emb" / "img_emb_00001.tmp"
+    half.write_bytes(b"half")
+    kept = (begun / "img_emb" / "img_emb_00000.npy").stat().st_mtime_ns
+    make(begun, clip)
+    assert (begun / "img_emb" / "img_emb_00000.npy").stat().st_mtime_ns == kept
+    assert not half.exists()
+    make(tmp_path / "two", clip, world=2)
+    for file in (path.relative_to(root) for path in root.rglob("*") if path.is_file()):
+        assert (begun / file).read_bytes() == (root / file).read_bytes(), file
+        assert (tmp_path / "two" / file).read_bytes() == (root / file).read_bytes(), file
+
+
+def test_the_prior_learns_the_same_from_a_cache_as_from_pictures(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    clip = FrozenCLIP.load(str(model_folder))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        shape = open_dataset("shapes:val", 16).get(i, generator(0, "", i))
+        pixels = ((shape.image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(shape.caption)
+    dataset = open_dataset(str(pictures), 16)
+    plan = CachePlan(str(pictures), 16, 0, 1, 5, 8)
+    begin_cache(tmp_path / "cache", clip, plan)
+    write_cache(tmp_path / "cache", dataset, clip, plan)
+    finish_cache(tmp_path / "cache")
+    run = tiny("prior", model_folder)
+    task = PriorTask(run, clip)
+    torch.nn.init.normal_(task.model.out.weight)
+    losses = []
+    for source in (str(pictures), str(tmp_path / "cache")):
+        opened = open_dataset(source, 16, embeddings=True)
+        batch = next(batches(opened, batch=8, seed=0))
+        losses.append(task.loss(task.model.eval(), batch, 0)["loss"])
+    assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)
+
+
+def test_the_prior_trains_from_a_cache_alone(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclip.training.embeddings.DRAFT_COUNT", 256)
+    more = ["train.steps=2", f"train.out={tmp_path / 'run'}", "model.draft={width: 8}"]
+    given = tiny("prior", model_folder, f"data.train={root}", "data.val=null", *more)
+    assert isinstance(given, PriorRun)
+    assert (train_prior(given, Accelerator(cpu=True)) / "prior" / "model.safetensors").is_file()
+    assert not list((tmp_path / "run" / "samples").glob("*")), "a cache has no pictures to show"
+
+
+def test_a_cache_of_another_encoder_is_refused(root: Path, tmp_path: Path) -> None:
+    cache, other = EmbeddingCache(root), tiny_clip(seed=1)
+    with pytest.raises(CheckpointError, match="'tiny 1' and 'tiny 0' are different"):
+        cache.check_encoder(other, "other")
+    with pytest.raises(CheckpointError, match="are different CLIP encoders"):
+        make(copy(root, tmp_path / "mixed"), other)
+    with pytest.raises(ConfigError, match="rows = 700, not 100"):
+        make(copy(root, tmp_path / "rows"), tiny_clip(), rows=100)
+
+
+def test_layouts_of_clip_retrieval_are_read(tmp_path: Path, clip: FrozenCLIP) -> None:
+    """Without our index: shards by number, keys from image_path, any float type."""
+    rows = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    for number, part in enumerate((rows[:2], rows[2:])):
+        for folder in ("img_emb", "text_emb", "metadata"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", part)
+        np.save(tmp_path / "text_emb" / f"text_emb_{number}.npy", part)
+        names = [f"{number}/{row}.jpg" for row in range(len(part))]
+        table = {"image_path": names, "caption": [f"a picture {name}" for name in names]}
+        pq.write_table(pa.table(table), tmp_path / "metadata" / f"metadata_{number}.parquet")
+    cache = EmbeddingCache(tmp_path)
+    cache.check_encoder(clip, "tiny")
+    samples = [cache.get(i, torch.Generator()) for i in range(5)]
+    assert_close(torch.stack([sample.image for sample in samples]), torch.from_numpy(rows))
+    assert [sample.key for sample in samples] == ["0/0.jpg", "0/1.jpg", *names]
+    assert samples[2].caption == "a picture 1/0.jpg"
+    wide = tiny_clip()
+    wide.width = 17
+    with pytest.raises(CheckpointError, match="width 16, but the CLIP encoder wide"):
+        cache.check_encoder(wide, "wide")
+
+
+def damaged(root: Path, name: str) -> None:
+    array, table = root / "img_emb" / "img_emb_00001.npy", root / "metadata"
+    if name == "truncated":
+        array.write_bytes(array.read_bytes()[:-20])
+    elif name == "not finite":
+        z = np.load(array)
+        z[0] = np.nan
+        np.save(array, z)
+    elif name == "narrower":
+        np.save(array, np.load(array)[:, :8])
+    elif name == "no captions":
+        (table / "metadata_00001.parquet").unlink()
+    elif name == "fewer captions":
+        first = pq.read_table(table / "metadata_00001.parquet")
+        pq.write_table(first.slice(1), table / "metadata_00001.parquet")
+    elif name == "no columns":
+        pq.write_table(pa.table({"a": [1]}), table / "metadata_00001.parquet")
+    elif name == "not parquet":
+        (table / "metadata_00001.parquet").write_bytes(b"PAR1")
+    else:
+        index = json.loads((root / "embeddings.json").read_text())
+        del index["mean"]
+        (root / "embeddings.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("truncated", "img_emb_00001.npy is not a whole .npy file"),
+        ("not finite", "row 0 of shard 1 is not finite"),
+        ("narrower", "img_emb_00001.npy has embeddings of width 8, others here of 16"),
+        ("no captions", "has no captions for shard 1"),
+        ("fewer captions", "shard 1 has 324 embeddings but 323 captions"),
+        ("no columns", "has the columns a; expected one of key"),
+        ("not parquet", "metadata_00001.parquet is not a whole parquet file"),
+        ("incomplete", "is not complete; run train/embed.py again"),
+    ],
+)
+def test_damaged_caches_are_named(root: Path, tmp_path: Path, name: str, message: str) -> None:
+    damaged(copy(root, tmp_path / "cache"), name)
+    with pytest.raises(DataError, match=message):
+        EmbeddingCache(tmp_path / "cache").get(ROWS, torch.Generator())
+
+
+def test_only_a_prior_may_train_on_embeddings(root: Path) -> None:
+    with pytest.raises(DataError, match="holds embeddings, not pictures"):
+        open_dataset(str(root), 16)
+
+
+def test_two_processes_write_one_cache(model_folder: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "train" / "embed.py"), "shapes:val", str(tmp_path / "cache")]
+    options = ["--clip", str(model_folder), "--rows", "100", "--resolution", "16"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *script, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("512 embeddings") == 1
+    assert len(EmbeddingCache(tmp_path / "cache")) == 512
+    again = subprocess.run(
+        [sys.executable, *script, *options[:-1], "17"], capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 2
+    assert "resolution = 16, not 17" in again.stderr and "Traceback" not in again.stderr
