@@ -57,6 +57,22 @@ def test_numbers_have_the_right_distribution() -> None:
     assert counts.min() > 330
 
 
+def test_processes_and_purposes_draw_independently() -> None:
+    """Two processes at a batch of 8 each; correlations beyond 4.5 deviations would show a link."""
+    ids = torch.arange(16 * 128).view(-1, 2, 8)  # (step, process, sample)
+    columns = []
+    for process in range(2):
+        own = ids[:, process].flatten()
+        columns.append(randomness.normal(3, "noise", own, ()))
+        columns.append(randomness.normal(3, "jittered", own, ()))
+        columns.append(randomness.integers(3, "t", own, 1000).float())
+        columns += [
+            (randomness.uniform(3, f"drop {x}", own) < 0.5).float() for x in ("text", "image")
+        ]
+    between = torch.corrcoef(torch.stack(columns)) - torch.eye(len(columns))
+    assert between.abs().max() < 4.5 / len(own) ** 0.5
+
+
 def test_permutation_visits_every_sample_once_in_another_order_each_time() -> None:
     orders = [randomness.permutation(0, epoch, 50) for epoch in range(3)]
     for order in orders:

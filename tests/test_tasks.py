@@ -40,7 +40,11 @@ SCHEMAS = {
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
-CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if path.parent.name != "accelerate"  # those are accelerate's, not ours
+)
 TINY = {
     "decoder": [
         "model.unet.channels=16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from tiny_task import TinyConfig, run
 from torch.testing import assert_close
@@ -20,6 +23,7 @@ from unclip.training.fit import learning_rate
 from unclip.training.launch import main
 
 TESTS = Path(__file__).parent
+ACCELERATE = TESTS.parent / "configs" / "accelerate"
 TEXT = """
 train: {out: OUT, steps: 8, batch: 8, accumulate: 2, lr: 1e-2, seed: 0, ema: 0.9,
         save_every: 4, sample_every: 8, log_every: 1}
@@ -75,6 +79,18 @@ def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [line["lr"] for line in two] == [learning_rate(step, train) for step in range(8)]
 
 
+def test_eight_at_once_or_in_two_parts_or_on_two_processes_train_alike(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    more = ["train.steps=24", "bad_from=100", "bad_until=100"]
+    start(path, f"train.out={tmp_path / 'whole'}", "train.accumulate=1", *more)
+    start(path, f"train.out={tmp_path / 'parts'}", "train.accumulate=2", *more)
+    start_two(path, f"train.out={tmp_path / 'two'}", "train.accumulate=1", *more)
+    whole = lines(tmp_path / "whole")
+    assert [line["step"] for line in whole] == list(range(1, 25))
+    assert_same_lines(whole, lines(tmp_path / "parts"))
+    assert_same_lines(whole, lines(tmp_path / "two"))
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_another_number_of_processes_continues_a_run(tmp_path: Path, first: int) -> None:
     path = write(tmp_path)
@@ -96,6 +112,52 @@ def test_a_launcher_that_starts_again_after_a_kill_ends_with_the_same_bytes(tmp_
     a, b = (tmp_path / name / "checkpoints" / "step-8" for name in "ab")
     for file in (path for path in a.rglob("*") if path.is_file()):
         assert file.read_bytes() == (b / file.relative_to(a)).read_bytes(), file
+
+
+def launch(config: str, *arguments: str) -> subprocess.Popen[str]:
+    """accelerate's own launcher with one of its files, on a machine without GPUs."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / config)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_understands_its_files(path: Path) -> None:
+    config = load_config_from_file(str(path)).to_dict()
+    given = yaml.safe_load(path.read_text())
+    assert {key: config[key] for key in given} == given
+    assert config["mixed_precision"] == "no"  # or it would stand against train.precision
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "processes"),
+    [("one_gpu.yaml", 1, 1), ("ddp_8.yaml", 1, 2), ("two_nodes.yaml", 2, 2)],
+)
+def test_accelerate_files_train(tmp_path: Path, config: str, nodes: int, processes: int) -> None:
+    """Two machines are two launchers here, each with its own process."""
+    path = write(tmp_path)
+    start(path, f"train.out={tmp_path / 'here'}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    count = ["--num_processes", str(processes), "--main_process_port", str(port)]
+    task = [str(TESTS / "tiny_task.py"), path, f"train.out={tmp_path / 'there'}"]
+    agents = [
+        launch(config, *count, *(["--machine_rank", str(rank)] if nodes > 1 else []), *task)
+        for rank in range(nodes)
+    ]
+    outputs = [agent.communicate(timeout=300) for agent in agents]
+    for agent, (_, errors) in zip(agents, outputs, strict=True):
+        assert agent.returncode == 0, errors
+    assert sum(out.count(f"world {processes}") for out, _ in outputs) == 1
+    assert_same_lines(lines(tmp_path / "here"), lines(tmp_path / "there"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The shell's verbs: `unclip text "a red apple"`, vary, embed, upscale, info, assemble.
+"""The shell's verbs: `unclip text "a red apple"`, vary, embed, upscale, info, plan, assemble.
 
 What needs torch is imported inside the verbs, so that a mistyped option answers at once.
 """
@@ -269,6 +269,23 @@ def convert(
     for note in carry(root, out, to_dtype(dtype) if dtype else None, allow_pickle=allow_pickle):
         print(f"note: {note}", file=sys.stderr)
     print(out)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="Of a prior, a decoder or an upsampler.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Each holds a copy of everything (DDP).")] = 1,
+    memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GB.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Of one GPU at its best.")] = 312.0,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Share reached.")] = 0.4,
+) -> None:
+    """Say what a training will need, without allocating it: memory, arithmetic, days."""
+    from unclip.training.plan import plan as count
+    from unclip.training.plan import report
+
+    needs = count(config, overrides or [], gpus)
+    print(report(needs, gpus=gpus, memory=memory, tflops=tflops, utilisation=utilisation))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,6 +24,10 @@ class TextEncoding(NamedTuple):
     mask: Tensor
     embed: Tensor
 
+    def length(self) -> int:
+        """Positions up to the last real token of any row."""
+        return int(self.mask.any(0).nonzero().max()) + 1
+
     def rows(self, index: Tensor | slice) -> TextEncoding:
         """The chosen rows."""
         return TextEncoding(*(part[index] for part in self))

@@ -118,7 +118,7 @@ def trim_text(text: TextEncoding) -> tuple[Tensor, Tensor]:
 
     **Shapes**: → tokens (B, l, W) and mask (B, l) with l ≤ L.
     """
-    length = int(text.mask.any(0).nonzero().max()) + 1
+    length = text.length()
     return text.tokens[:, :length], text.mask[:, :length]
 
 

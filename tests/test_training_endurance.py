@@ -1,7 +1,8 @@
-"""The real trainers, killed at random moments: the same command again ends with the same bytes."""
+"""The real trainers over many steps: killed at random moments, and without growing."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from test_tasks import tiny
+
+from unclip.training.fit import _Trainer
+from unclip.training.tasks import train_decoder
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 60, 3
@@ -78,3 +84,38 @@ def test_a_trainer_killed_at_random_moments_ends_with_the_same_bytes(
     for file in files:
         other = killed / "checkpoints" / f"step-{STEPS}" / file
         assert other.read_bytes() == (last / file).read_bytes(), file
+
+
+def held() -> tuple[int, int, int]:
+    """Resident bytes, open files and threads of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), *(
+        len(list(Path("/proc/self", what).iterdir())) for what in ("fd", "task")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux")
+def test_five_hundred_steps_with_saves_and_samples_do_not_grow(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = ["train.steps=500", "train.save_every=20", "train.sample_every=20", "data.workers=1"]
+    run = tiny("decoder", model_folder, f"train.out={tmp_path}", *often)
+    seen = []
+    plain = _Trainer._save
+
+    def save(trainer: _Trainer) -> None:
+        plain(trainer)
+        seen.append(held())
+
+    monkeypatch.setattr(_Trainer, "_save", save)
+    train_decoder(run, Accelerator(cpu=True))
+    assert len(seen) == 25
+    settled, end = seen[5:10], seen[-5:]
+    memory, files, threads = (
+        (max(row[k] for row in settled), max(row[k] for row in end)) for k in range(3)
+    )
+    assert memory[1] < memory[0] + 10e6
+    assert files[1] <= files[0]
+    assert threads[1] <= threads[0]
+    assert not multiprocessing.active_children()  # the loader's workers have gone

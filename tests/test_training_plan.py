@@ -1,0 +1,135 @@
+"""Plans against training steps that really run, measured by torch's profiler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_tasks import tiny
+from torch.profiler import ProfilerActivity, profile
+
+from unclip.cli import main
+from unclip.training import plan as planning
+from unclip.training.plan import Plan, plan, report, step_needs
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = {
+    "emoji/prior.yaml": [],
+    "emoji/decoder.yaml": ["model.unet.channels=64"],
+    "emoji/upsampler_256.yaml": ["data.crop=64"],
+}
+
+
+def measured_peak(run: Any, micro: int) -> int:
+    """Bytes beyond weights, gradients and inputs at the peak of one step on the CPU."""
+    network = planning._network(run)
+    inputs = planning._inputs(run, micro)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    precision = torch.bfloat16 if run.train.precision == "bf16" else None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        mark = torch.zeros(1)  # the first allocation that is seen
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            out = network(*inputs)
+        out.float().square().mean().backward()
+    del mark
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    alive = most = 0
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("path", SMALL)
+def test_activations_are_those_of_a_real_step(path: str, checkpointing: bool) -> None:
+    """Going backward through checkpoints, tensors live on in Python a little longer."""
+    run = planning._load(CONFIGS / path, SMALL[path])
+    model = planning._with_checkpointing(run.model.model_dump(), checkpointing)
+    run = run.model_copy(update={"model": type(run.model).model_validate(model)})
+    _, predicted = step_needs(run, 4, checkpointing)
+    assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else 0.01)
+
+
+def test_parameters_and_state_are_those_that_a_run_saves(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    from accelerate import Accelerator
+
+    from unclip.folder import TensorFile
+    from unclip.training.tasks import train_prior
+
+    run = tiny("prior", model_folder, "train.steps=1", f"train.out={tmp_path}")
+    path = tmp_path / "again.yaml"
+    path.write_text(json.dumps(run.model_dump(mode="json")))
+    needs = plan(path, [], gpus=1)
+    training = train_prior(run, Accelerator(cpu=True)) / "training"
+
+    def size(file: str, *keys: str) -> int:
+        tensors = TensorFile(training / file)
+        return sum(x.nbytes for name, x in tensors.items() if name.startswith(keys or ("",)))
+
+    assert needs.weights == size("weights.safetensors")
+    assert needs.optimizer == size("optimizer.safetensors", "exp_avg")
+    assert needs.gradients == needs.ema == needs.optimizer // 2
+    assert needs.pictures == run.train.batch
+
+
+def test_arithmetic_is_three_times_that_of_the_forward_pass() -> None:
+    """And grows with the batch; with checkpointing the forward pass is done again."""
+    run = planning._load(CONFIGS / "emoji/upsampler_256.yaml", ["data.crop=64"])
+    flops = {on: step_needs(run, 2, on)[0] for on in (False, True)}
+    network, inputs = planning._network(run), planning._inputs(run, 2)
+    with planning._flop_counter() as counter, torch.no_grad():
+        network(*inputs)
+    forward = counter.get_total_flops()
+    assert flops[False] == pytest.approx(3 * forward, rel=0.05)  # no gradient for the input
+    assert flops[False] < flops[True] <= flops[False] + forward
+    assert step_needs(run, 4, False)[0] == pytest.approx(2 * flops[False], rel=0.01)
+
+
+def needs(**changes: Any) -> Plan:
+    base = {"parameters": 10**9, "micro_batch": 8, "weights": 4 * 10**9, "gradients": 4 * 10**9}
+    base |= {"optimizer": 8 * 10**9, "ema": 4 * 10**9, "activations": 80 * 10**9}
+    base |= {"checkpointed": 16 * 10**9, "checkpointing": False, "flops": 1e12, "pictures": 10**9}
+    return Plan(**base | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "verdict"),
+    [
+        ({}, 100, "fits in 100 GB"),
+        ({}, 40, "a micro-batch of 2 would: raise train.accumulate, or use checkpointing"),
+        ({"checkpointing": True}, 40, "36.00 GB with checkpointing, as configured: fits in 40 GB"),
+        ({"checkpointing": True}, 30, "a micro-batch of 5 would: raise train.accumulate."),
+        ({}, 20, "does not fit in 20 GB with any batch"),
+    ],
+)
+def test_the_report_says_what_fits(changes: dict[str, Any], memory: float, verdict: str) -> None:
+    page = report(needs(**changes), gpus=8, memory=memory, tflops=100, utilisation=0.5)
+    assert verdict in page
+    days = 1e9 * 1e12 / (8 * 100e12 * 0.5) / 86400
+    assert f"take {days:,.1f} days on 8 GPUs at 50% of 100 TFLOP/s" in page
+
+
+def test_the_verb_plans_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "emoji" / "prior.yaml")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", config, "train.batch=32", "--gpus", "4"])
+    assert ended.value.code == 0
+    assert "micro-batch 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", config, "--gpus", "7"])
+    assert ended.value.code == 2
+    assert "must be a multiple of 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIGS / "emoji" / "clip.yaml")])
+    assert ended.value.code == 2
+    assert "no configuration of a prior, a decoder or an upsampler" in capsys.readouterr().err
