@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import statistics
 import tarfile
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cac
 from unclip.data.dataset import Dataset, batches, open_dataset
 from unclip.data.degradations import bsr
 from unclip.data.images import to_pil
+from unclip.data.shards import index_shard
 from unclip.errors import exit_on_error
 from unclip.evaluation import markdown_table
 from unclip.folder import write_json
@@ -37,14 +40,15 @@ def rate(work: Callable[[int], int], seconds: float = SECONDS) -> float:
     return done / (time.perf_counter() - began)
 
 
-def write_tar(path: Path, dataset: Dataset, count: int, form: str) -> None:
-    """A webdataset shard of the first pictures."""
+def write_tar(path: Path, dataset: Dataset, count: int, form: str, bad: bool = False) -> None:
+    """A webdataset shard of the first pictures; if `bad`, the first is cut in half."""
     with tarfile.open(path, "w") as tar:
         for index in range(count):
             sample = dataset.get(index, generator(0, "benchmark", index))
             file = io.BytesIO()
             to_pil(sample.image).save(file, form, quality=90)
-            parts = {form.lower(): file.getvalue(), "txt": sample.caption.encode()}
+            data = file.getvalue()[: file.tell() // 2 if bad and index == 0 else None]
+            parts = {form.lower(): data, "txt": sample.caption.encode()}
             for suffix, data in parts.items():
                 member = tarfile.TarInfo(f"{index:06}.{suffix}")
                 member.size = len(data)
@@ -69,6 +73,26 @@ def measure_pictures(root: Path, side: int, form: str) -> dict[str, float]:
     return {"read": rate(read)} | ({"read and BSR": rate(degrade)} if side == 1024 else {})
 
 
+def measure_dirt(root: Path) -> dict[str, float]:
+    """Pictures a second of 64 px from shards of which one in a hundred can't be decoded."""
+    dataset = open_dataset("emoji", 64)
+    rates: dict[str, list[float]] = {"clean": [], "1 % bad": []}
+    for name in rates:
+        for shard in range(10):
+            write_tar(root / f"{name}-{shard}.tar", dataset, 100, "PNG", bad=name != "clean")
+    streams = {n: batches(open_dataset(f"{root}/{n}-*.tar", 64), batch=50, seed=0) for n in rates}
+    for _ in range(5):  # by turns: the machine is noisy
+        for name, stream in streams.items():
+            rates[name].append(rate(lambda k, stream=stream: len(next(stream)), SECONDS / 2))
+    return {name: statistics.median(several) for name, several in rates.items()}
+
+
+def measure_index(root: Path) -> dict[str, float]:
+    """Samples indexed a second, checksums of their pictures included."""
+    shards = sorted(root.glob("clean-*.tar"))
+    return {"indexed": rate(lambda k: len(index_shard(shards[k % len(shards)]).entries))}
+
+
 def measure_cache(root: Path, clip: FrozenCLIP, rows: int) -> dict[str, float]:
     """Embeddings written a second from pictures in memory; rows read a second, in random order."""
     plan = CachePlan("shapes", clip.image_size, 0, 1, rows, rows)
@@ -88,11 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.json"))
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # what is bad is bad on purpose
     with exit_on_error(), tempfile.TemporaryDirectory() as folder:
         result = {
             f"{form}, {side} px": measure_pictures(Path(folder), side, form)
             for side, form in ((64, "PNG"), (256, "JPEG"), (1024, "JPEG"))
         }
+        result["PNG, 64 px, in ten shards"] = measure_dirt(Path(folder)) | measure_index(
+            Path(folder)
+        )
         clip = FrozenCLIP.load(given.clip)
         result[f"embeddings, {clip.image_size} px"] = measure_cache(Path(folder), clip, given.rows)
         rows = [

@@ -1,12 +1,13 @@
-"""Folders, tables and tar shards of captioned pictures."""
+"""Folders and tables of captioned pictures."""
 
 from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -22,15 +23,6 @@ def _encode(colour: str, suffix: str = "PNG", size: tuple[int, int] = (12, 12)) 
     file = io.BytesIO()
     Image.new("RGB", size, COLOURS[colour]).save(file, suffix)
     return file.getvalue()
-
-
-def _tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def _captions(spec: str | Path) -> dict[str, list[float]]:
@@ -66,6 +58,12 @@ def test_tables_of_both_kinds(tmp_path: Path, key: str) -> None:
     table = tmp_path / "other.csv"
     table.write_text(f'{key},file_name\n"one, red",a.png\n')
     assert _captions(table) == {"one, red": [1, -1, -1]}
+    columns = {"file_name": ["b.jpg", "a.png"], key: ["zwei", "eins"], "else": [1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "other.parquet")
+    assert list(_captions(tmp_path / "other.parquet")) == ["zwei", "eins"]
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"cut\.parquet is not a whole parquet file"):
+        open_dataset(str(tmp_path / "cut.parquet"), 8)
 
 
 def test_names_in_tables_stay_inside_their_folder(tmp_path: Path) -> None:
@@ -103,43 +101,6 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("broken")
     with pytest.raises(DataError, match=r"bad\.png"):
         open_dataset(str(tmp_path), 8).get(0, torch.Generator())
-
-
-def test_tar_shards_by_folder_pattern_and_braces(tmp_path: Path) -> None:
-    _tar(
-        tmp_path / "s-08.tar",
-        {
-            "d/1.png": _encode("red"),
-            "d/1.txt": b"one",
-            "2.v1.jpg": b"",
-            "2.webp": _encode("green", "WEBP"),
-            "2.json": b'{"caption": "two"}',
-        },
-    )
-    _tar(tmp_path / "s-09.tar", {"1.jpg": _encode("blue", "JPEG"), "1.txt": "drei ü".encode()})
-    for spec in (tmp_path, f"{tmp_path}/s-*.tar", f"{tmp_path}/s-{{08..09}}.tar"):
-        assert list(_captions(spec)) == ["one", "two", "drei ü"]
-    assert list(_captions(tmp_path / "s-09.tar")) == ["drei ü"]
-    assert _captions(tmp_path / "s-08.tar")["one"] == [1, -1, -1]
-
-
-def test_damaged_or_incomplete_shards_are_errors(tmp_path: Path) -> None:
-    members = {f"{k}.{s}": _encode("red") for k in range(3) for s in ("png", "txt")}
-    path = _tar(tmp_path / "a.tar", members)
-    whole = path.read_bytes()
-    for length in (1024, 1500, 512 * 5, 512 * 10):  # inside and between members
-        path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"a\.tar is (truncated|not a whole)"):
-            open_dataset(str(path), 8)
-    _tar(path, {"1.png": _encode("red")})
-    with pytest.raises(DataError, match=r"1 of 1 pictures .* no caption.*: 1"):
-        open_dataset(str(path), 8)
-    _tar(path, {"1.gif": b"", "1.txt": b"x"})
-    with pytest.raises(DataError, match="caption but no JPEG"):
-        open_dataset(str(path), 8)
-    _tar(path, {"1.pickle": b"cos\nsystem\n"})
-    with pytest.raises(DataError, match="no JPEG, PNG or WebP pictures"):
-        open_dataset(str(path), 8)
 
 
 def test_braces() -> None:

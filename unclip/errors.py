@@ -20,9 +20,16 @@ class ConfigError(UnclipError):
 
 
 class DataError(UnclipError):
-    """Images, captions or embeddings that can't be used (exit code 3)."""
+    """Images, captions or embeddings that can't be used (exit code 3).
+
+    `kind` tells one sort of damage from another.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, kind: str = "unusable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(UnclipError):

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset as TorchDataset
 from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.dataset import Dataset, Sample
+from unclip.data.readers import arrow
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.folder import read_json, sync, write_json
 from unclip.randomness import generator
@@ -244,7 +245,7 @@ def _open_array(path: Path) -> np.ndarray:
 
 
 def _write_metadata(path: Path, keys: list[str], captions: list[str]) -> None:
-    pa, pq = _arrow()
+    pa, pq = arrow()
     beside = path.with_suffix(".tmp")
     pq.write_table(pa.table({"key": keys, "caption": captions}), beside)
     sync(beside)
@@ -253,7 +254,7 @@ def _write_metadata(path: Path, keys: list[str], captions: list[str]) -> None:
 
 def _read_metadata(tables: list[Path]) -> tuple[Any, Any]:
     """Keys and captions, each an array in one chunk a table: compact, and read in place."""
-    pa, pq = _arrow()
+    pa, pq = arrow()
     keys, captions = [], []
     for path in tables:
         try:
@@ -276,17 +277,6 @@ def _read_metadata(tables: list[Path]) -> tuple[Any, Any]:
 def _only_chunk(pa: Any, column: Any) -> Any:
     column = column.cast(pa.string())
     return column.chunk(0) if column.num_chunks else pa.array([], pa.string())
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            "caches of embeddings need pyarrow: pip install 'unclip[train]'"
-        ) from None
-    return pyarrow, pyarrow.parquet
 
 
 def as_embeddings(clip: FrozenCLIP, images: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ the number of processes, so one process or eight see the same pictures and a run
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -21,6 +24,8 @@ from torch.utils.data import Dataset as TorchDataset
 from unclip.config import Config
 from unclip.errors import ConfigError, DataError
 from unclip.randomness import generator, permutation
+
+MAX_BAD = 0.05  # the share of samples, or shards, that may be unusable
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,54 @@ class Batch:
         return replace(self, images=self.images.to(device, non_blocking=True))
 
 
+class Tolerant:
+    """A dataset in which another sample, always the same, stands for one that can't be used.
+
+    Each kind of damage is reported once. More than 5 % of the samples seen end it; of fewer than
+    200 seen the share is not known well, so that it is taken of 200, or of all there are.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.name = dataset, dataset.name
+        self.seen, self.bad = 0, 0
+        self.bad_places: Counter[str] = Counter()
+        self._reported: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def get(self, index: int, generator: torch.Generator) -> Sample:
+        """Sample `index`, or the first whole one of those that stand for it.
+
+        **Raises**: `DataError` naming the worst files when too many are bad.
+        """
+        self.seen += 1
+        while True:
+            try:
+                return self.dataset.get(index, generator)
+            except DataError as error:
+                self._count(index, error)
+            index = (index + len(self) // 3 + 1) % len(self)  # far from it, not the damage beside
+
+    def _count(self, index: int, error: DataError) -> None:
+        place = getattr(self.dataset, "place", None)
+        self.bad += 1
+        self.bad_places[place(index) if place is not None else self.name] += 1
+        if self.bad > MAX_BAD * max(self.seen, min(len(self), 200)):
+            worst = ", ".join(f"{name} ({n})" for name, n in self.bad_places.most_common(5))
+            raise DataError(
+                f"{error}. {self.bad} of {self.seen} samples of {self.name} can't be used, most of "
+                f"them in {worst}"
+            ) from None
+        if error.kind not in self._reported:
+            self._reported.add(error.kind)
+            warnings.warn(
+                f"data {self.name}: {error}. Another sample stands for it; further ones like this "
+                "are counted and not reported",
+                stacklevel=2,
+            )
+
+
 def fixed(dataset: Dataset, index: int) -> Sample:
     """Picture `index` with the same wording and augmentation every time."""
     return dataset.get(index, generator(0, "preview", index))
@@ -88,6 +141,8 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
     of pictures; a `.jsonl` or `.csv` of captions; a tar file, a folder of tar files, or a pattern
     such as `shards-{000..009}.tar` or `shards/*.tar`. With `embeddings` also a cache
     (`train/embed.py`, clip-retrieval), whose samples hold those instead of pictures.
+
+    Of files that people bring, single samples may be bad: see `Tolerant`.
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
@@ -110,7 +165,13 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
         return EmbeddingCache(Path(spec))
     from unclip.data.readers import open_path
 
-    return open_path(spec, resolution)
+    return Tolerant(open_path(spec, resolution))
+
+
+def cache_folder(what: str) -> Path:
+    """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
+    chosen = os.environ.get("UNCLIP_CACHE")
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "unclip") / what
 
 
 def is_cache(spec: str) -> bool:
@@ -152,7 +213,14 @@ def batches(
         collate_fn=_collate,
         generator=torch.Generator(),  # or it would draw from the default one, even at 0 workers
     )
-    return iter(loader)
+    return _checked(loader)
+
+
+def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 @lru_cache(maxsize=2)
@@ -186,15 +254,18 @@ class _Slots:
         return int(_order(self.seed, epoch, self.n)[place])
 
 
-class _ById(TorchDataset[tuple[int, Sample]]):
+class _ById(TorchDataset[Any]):
     """Looks samples up by global id, in this process or in a loader's worker."""
 
     def __init__(self, dataset: Dataset, seed: int, crop: int | None) -> None:
         self.dataset, self.seed, self.crop = dataset, seed, crop
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Sample]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Sample] | DataError:
         g, index = item
-        sample = self.dataset.get(index, generator(self.seed, "data", g))
+        try:
+            sample = self.dataset.get(index, generator(self.seed, "data", g))
+        except DataError as error:
+            return error  # raised in the main process: from a worker it would be a traceback
         if self.crop is not None:
             image = _random_crop(sample.image, self.crop, generator(self.seed, "crop", g))
             sample = replace(sample, image=image)
@@ -213,7 +284,10 @@ def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor
     return image[:, top : top + size, left : left + size]
 
 
-def _collate(items: list[tuple[int, Sample]]) -> Batch:
+def _collate(items: list[Any]) -> Batch | DataError:
+    errors = [item for item in items if isinstance(item, DataError)]
+    if errors:
+        return errors[0]
     samples = [sample for _, sample in items]
     return Batch(
         images=torch.stack([sample.image for sample in samples]),

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unclip.data.dataset import Sample
+from unclip.data.dataset import Sample, cache_folder
 from unclip.data.images import fit_square, from_array, load_image, to_rgb
 from unclip.errors import DataError
 
@@ -58,7 +58,7 @@ class Emoji:
         self.resolution = resolution
         self.split = split
         self.root = data_folder() if root is None else root
-        self.cache = cache_folder() if cache is None else cache
+        self.cache = cache_folder("emoji") if cache is None else cache
         drawn = [r for r in read_records(self.root) if not (vector_only and r["set"] == RASTER_SET)]
         self.records: list[dict[str, Any]] = [r for r in drawn if r["split"] == split]
         self._train_sets: dict[str, set[str]] = {}  # codepoint → Fluent sets in training
@@ -184,12 +184,6 @@ def data_folder() -> Path:
             "installed package: point UNCLIP_EMOJI at that folder"
         )
     return root
-
-
-def cache_folder() -> Path:
-    """Where rasters are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`, in a folder `emoji`."""
-    chosen = os.environ.get("UNCLIP_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "unclip") / "emoji"
 
 
 @lru_cache(maxsize=4)

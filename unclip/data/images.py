@@ -42,15 +42,18 @@ def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
     except DataError:  # a ValueError too, so it must pass before `_DAMAGE`
         raise
     except FileNotFoundError:
-        raise DataError(f"no picture at {label}") from None
+        raise DataError(f"no picture at {label}", "missing") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
-            f"{label} claims more pixels than the limit of {MAX_PIXELS:,}; scale it down first"
+            f"{label} claims more pixels than the limit of {MAX_PIXELS:,}; scale it down first",
+            "too large",
         ) from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"{label} is not a JPEG, PNG or WebP picture; convert it first") from None
+        raise DataError(
+            f"{label} is not a JPEG, PNG or WebP picture; convert it first", "no picture"
+        ) from None
     except _DAMAGE as error:
-        raise DataError(f"{label} is damaged and can't be decoded: {error}") from None
+        raise DataError(f"{label} is damaged and can't be decoded: {error}", "damaged") from None
 
 
 def _check_size(image: Image.Image, label: str) -> None:
@@ -58,7 +61,8 @@ def _check_size(image: Image.Image, label: str) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{label} is {width} x {height} = {width * height:,} pixels, more than the limit of "
-            f"{MAX_PIXELS:,}; scale it down first"
+            f"{MAX_PIXELS:,}; scale it down first",
+            "too large",
         )
 
 
@@ -83,7 +87,8 @@ def pad_to_square(image: Image.Image) -> Image.Image:
     if side**2 > MAX_PIXELS:
         raise DataError(
             f"a picture of {image.width} x {image.height} padded to a square has more pixels than "
-            f"the limit of {MAX_PIXELS:,}; scale it down first"
+            f"the limit of {MAX_PIXELS:,}; scale it down first",
+            "too large",
         )
     if image.size == (side, side):
         return image

@@ -1,4 +1,4 @@
-"""A person's own captioned pictures: folders with captions beside them, tables, and tar shards.
+"""A person's own captioned pictures: folders with captions beside them, and tables of captions.
 
 R resolution. Pictures of any size and mode are padded to a square on white and resized with
 antialiasing. Nothing is unpickled, and names in tables can't lead out of their folder.
@@ -12,22 +12,21 @@ import glob
 import io
 import json
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unclip.data.captions import KEYS, caption_of, clean, decode
 from unclip.data.dataset import Dataset, Sample
 from unclip.data.images import SUFFIXES, fit_square, load_image, to_tensor
-from unclip.errors import DataError
+from unclip.data.shards import Shards
+from unclip.errors import ConfigError, DataError
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
-TABLES = ("metadata.jsonl", "metadata.csv")
-CAPTION_KEYS = ("text", "caption")
-BLOCK = 512  # of a tar file
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def open_path(spec: str, resolution: int) -> Dataset:
@@ -42,13 +41,15 @@ def open_path(spec: str, resolution: int) -> Dataset:
         if tables:
             return Files(spec, _read_table(tables[0]), resolution)
         return Shards(spec, shards, resolution) if shards else _open_folder(path, resolution)
-    if path.is_file() and path.suffix in (".jsonl", ".csv"):
+    if path.is_file() and path.suffix in (".jsonl", ".csv", ".parquet"):
         return Files(spec, _read_table(path), resolution)
-    found = [Path(name) for part in expand_braces(spec) for name in _matches(part)]
+    parts = {part: _matches(part) for part in expand_braces(spec)}
+    found = [Path(name) for names in parts.values() for name in names]
     if found and all(shard.suffix == ".tar" for shard in found):
-        return Shards(spec, found, resolution)
+        missing = [part for part, names in parts.items() if not names]
+        return Shards(spec, found, resolution, missing)
     if found:
-        raise DataError(f"data {spec!r}: {found[0]} is not a folder, .jsonl, .csv or .tar")
+        raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}"
     raise DataError(f"data {spec!r}: no such folder, file or dataset ({hint})")
@@ -72,6 +73,10 @@ class Files:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def place(self, index: int) -> str:
+        """The file of picture `index`."""
+        return str(self.pictures[index].path)
+
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index` with its one caption; the generator is not drawn from."""
         picture = self.pictures[index]
@@ -88,7 +93,7 @@ def _open_folder(root: Path, resolution: int) -> Files:
     for path in paths:
         key = path.relative_to(root).as_posix()
         sidecar = path.with_suffix(".txt")
-        caption = _clean(_decode(sidecar.read_bytes(), sidecar)) if sidecar.is_file() else ""
+        caption = clean(decode(sidecar.read_bytes(), sidecar)) if sidecar.is_file() else ""
         if caption:
             pictures.append(Picture(path, caption, key))
         else:
@@ -100,13 +105,14 @@ def _open_folder(root: Path, resolution: int) -> Files:
 
 
 def _read_table(table: Path) -> list[Picture]:
-    """`file_name` and `text` (or `caption`) from the lines of a .jsonl or the rows of a .csv."""
+    """`file_name` and `text` (or `caption`) from the lines of a .jsonl, the rows of a .csv or
+    .parquet."""
     root = table.parent.resolve()
     pictures: list[Picture] = []
     unnamed: list[str] = []
     absent: list[str] = []
     for place, row in _rows(table):
-        name, caption = row.get("file_name"), _caption(row)
+        name, caption = row.get("file_name"), caption_of(row)
         if not isinstance(name, str) or not name:
             raise DataError(f"{place} has no file_name; it has {', '.join(map(str, row))}")
         path = (root / name).resolve()
@@ -128,7 +134,10 @@ def _read_table(table: Path) -> list[Picture]:
 
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its place for error messages."""
-    text = _decode(table.read_bytes(), table)
+    if table.suffix == ".parquet":
+        yield from _parquet_rows(table)
+        return
+    text = decode(table.read_bytes(), table)
     if table.suffix == ".csv":
         for number, cells in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
             yield f"{table}, row {number}", cells
@@ -146,101 +155,28 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-@dataclass
-class Entry:
-    """Where one sample of a shard lies: for each suffix its offset and length in bytes."""
-
-    shard: Path
-    key: str
-    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def picture(self) -> str | None:
-        """The suffix of its picture, if it has one."""
-        return next((suffix for suffix in SUFFIXES if suffix in self.parts), None)
-
-    @property
-    def captioned(self) -> bool:
-        """Whether it has a .txt or .json."""
-        return ".txt" in self.parts or ".json" in self.parts
-
-    def read(self, suffix: str) -> bytes:
-        """One part's bytes; the file is opened anew, so that processes share no position."""
-        offset, length = self.parts[suffix]
-        with self.shard.open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
-
-
-class Shards:
-    """Tar files in webdataset's layout: `key.jpg` (or png, webp) with `key.txt` or `key.json`."""
-
-    def __init__(self, name: str, shards: Iterable[Path], resolution: int) -> None:
-        self.name, self.resolution = name, resolution
-        self.entries = [entry for shard in shards for entry in index_shard(shard)]
-        if not self.entries:
-            raise DataError(f"no JPEG, PNG or WebP pictures in the tar files of {name}")
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def get(self, index: int, generator: torch.Generator) -> Sample:
-        """Picture `index` with its one caption; the generator is not drawn from."""
-        entry = self.entries[index]
-        label = f"{entry.shard}:{entry.key}"
-        suffix = entry.picture
-        assert suffix is not None, "index_shard keeps only entries with a picture"
-        image = load_image(io.BytesIO(entry.read(suffix)), label + suffix)
-        return Sample(
-            to_tensor(fit_square(image, self.resolution)), _entry_caption(entry, label), label
-        )
-
-
-def index_shard(shard: Path) -> list[Entry]:
-    """The samples of a tar file, from its headers alone.
-
-    **Raises**: `DataError` when it is damaged or truncated, or samples lack a part.
-    """
-    entries: dict[str, Entry] = {}
-    end = 0
+def _parquet_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    pa, pq = arrow()
+    number = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + (
-                    -(-member.size // BLOCK) * BLOCK if member.isreg() else 0
-                )
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if member.isreg() and not member.issparse() and stem and dot:
-                    key = f"{folder}/{stem}" if folder else stem
-                    entry = entries.setdefault(key, Entry(shard, key))
-                    entry.parts["." + suffix.lower()] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard} is not a whole, uncompressed tar file: {error}") from None
-    with shard.open("rb") as file:  # tarfile takes a cut between two members for the end
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise DataError(f"{shard} is truncated: it has no end mark; fetch or write it again")
-    samples = [entry for entry in entries.values() if entry.picture or entry.captioned]
-    blind = [entry.key for entry in samples if not entry.picture and ".txt" in entry.parts]
-    mute = [entry.key for entry in samples if not entry.captioned]
-    _complain(blind, len(samples), f"in {shard} have a caption but no JPEG, PNG or WebP")
-    _complain(mute, len(samples), f"in {shard} have no caption; add a .txt or .json of that key")
-    return [entry for entry in samples if entry.picture]
+        file = pq.ParquetFile(table)
+        wanted = [name for name in ("file_name", *KEYS) if name in file.schema_arrow.names]
+        for part in file.iter_batches(columns=wanted):
+            for row in part.to_pylist():
+                number += 1
+                yield f"{table}, row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{table} is not a whole parquet file: {error}") from None
 
 
-def _entry_caption(entry: Entry, label: str) -> str:
-    if ".txt" in entry.parts:
-        caption = _clean(_decode(entry.read(".txt"), label + ".txt"))
-    else:
-        try:
-            row = json.loads(_decode(entry.read(".json"), label + ".json"))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{label}.json is not JSON: {error}") from None
-        caption = _caption(row) if isinstance(row, dict) else ""
-    if not caption:
-        raise DataError(f"{label} has an empty caption")
-    return caption
+def arrow() -> tuple[Any, Any]:
+    """pyarrow and its parquet. **Raises**: `ConfigError` if they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError("parquet files need pyarrow: pip install 'unclip[train]'") from None
+    return pyarrow, pyarrow.parquet
 
 
 def expand_braces(text: str) -> list[str]:
@@ -263,22 +199,6 @@ def _matches(pattern: str) -> list[str]:
     if glob.has_magic(pattern):
         return sorted(glob.glob(pattern))
     return [pattern] if Path(pattern).is_file() else []
-
-
-def _caption(row: dict[str, Any]) -> str:
-    values = (row.get(key) for key in CAPTION_KEYS)
-    return next((_clean(value) for value in values if isinstance(value, str)), "")
-
-
-def _clean(caption: str) -> str:
-    return " ".join(caption.split())
-
-
-def _decode(data: bytes, name: object) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error}") from None
 
 
 def _complain(names: Sequence[str], total: int, what: str) -> None:

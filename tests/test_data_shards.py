@@ -1,0 +1,249 @@
+"""Tar shards by number: their index, and what becomes of damaged ones and of bad samples."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unclip.data import shards as shards_module
+from unclip.data.dataset import Dataset, batches, open_dataset
+from unclip.data.shards import ENTRY, Shards, read_index
+from unclip.errors import DataError
+
+ANY = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Indexes of these tests go nowhere else."""
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shards"
+
+
+def encode(level: int, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9), (level, 0, 0)).save(file, form, quality=95)
+    return file.getvalue()
+
+
+def write(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(first: int, count: int) -> dict[str, bytes]:
+    return {
+        f"{n:04}.{suffix}": data
+        for n in range(first, first + count)
+        for suffix, data in (("png", encode(n % 256)), ("txt", f"number {n}".encode()))
+    }
+
+
+def many(root: Path, count: int, each: int = 10) -> list[Path]:
+    root.mkdir(exist_ok=True)
+    return [
+        write(root / f"s-{k:02}.tar", samples(each * k, each)) for k in range(count)
+    ]  # sample n says so in caption and colour
+
+
+def captions(dataset: Dataset) -> list[str]:
+    return [dataset.get(index, ANY).caption for index in range(len(dataset))]
+
+
+def replace(path: Path, old: bytes, new: bytes, *, unseen: bool = False) -> None:
+    """Change bytes in place; `unseen` keeps the time of the last change."""
+    data, stat = path.read_bytes(), path.stat()
+    assert old in data and len(old) == len(new)
+    path.write_bytes(data.replace(old, new, 1))
+    if unseen:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_shards_by_folder_pattern_and_braces(tmp_path: Path) -> None:
+    first = {
+        "d/1.png": encode(255),
+        "d/1.txt": b"one",
+        "2.v1.jpg": b"",
+        "2.webp": encode(9, "WEBP"),
+        "2.json": b'{"caption": "two"}',
+    }
+    write(tmp_path / "s-08.tar", first)
+    write(tmp_path / "s-09.tar", {"1.jpg": encode(9, "JPEG"), "1.txt": "drei ü".encode()})
+    for spec in (tmp_path, f"{tmp_path}/s-*.tar", f"{tmp_path}/s-{{08..09}}.tar"):
+        assert captions(open_dataset(str(spec), 8)) == ["one", "two", "drei ü"]
+    one = open_dataset(str(tmp_path / "s-08.tar"), 8).get(0, ANY)
+    assert one.image[:, 4, 4].tolist() == [1, -1, -1]
+    assert one.key == f"{tmp_path / 's-08.tar'}:d/1"
+
+
+def test_any_sample_is_reached_by_its_number(tmp_path: Path) -> None:
+    long = "a" * 120  # longer than a header's name: tar writes it beside
+    members = {f"{long}/{name}": data for name, data in samples(30, 5).items()}
+    paths = [*many(tmp_path / "data", 3), write(tmp_path / "data" / "t.tar", members)]
+    dataset = open_dataset(str(tmp_path / "data"), 9)
+    assert len(dataset) == 35
+    for number in (34, 0, 10, 29, 30, 9):
+        sample = dataset.get(number, ANY)
+        assert sample.caption == f"number {number}"
+        assert round((sample.image[0, 4, 4].item() + 1) * 127.5) == number
+        assert sample.key.startswith(str(paths[min(number // 10, 3)]))
+
+
+def test_an_index_is_made_once_and_mapped(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """34 bytes for each sample: ten million rows take a third of a GB, mapped from a file."""
+    (path,) = many(tmp_path / "data", 1)
+    made = read_index(path)
+    assert isinstance(made.entries, np.memmap) and ENTRY.itemsize <= 100
+    monkeypatch.setattr(shards_module, "index_shard", lambda shard: pytest.fail("indexed again"))
+    entries = np.array(made.entries)  # not mapped: below its file is damaged
+    del made
+    assert np.array_equal(read_index(path).entries, entries)
+    monkeypatch.undo()
+    monkeypatch.setenv("UNCLIP_CACHE", str(cache.parent))
+    for file in cache.iterdir():
+        file.write_bytes(b"")  # damaged: made again
+    assert np.array_equal(read_index(path).entries, entries)
+    write(path, samples(0, 3))
+    assert len(read_index(path).entries) == 3  # the shard has changed
+    monkeypatch.setenv("UNCLIP_CACHE", str(path))  # no folder: nothing can be kept
+    assert len(read_index(path).entries) == 3
+
+
+@pytest.mark.parametrize("length", [1024, 1500, 512 * 5, 512 * 10])
+def test_what_is_whole_of_a_cut_shard_is_used(tmp_path: Path, length: int) -> None:
+    """Inside and between members; alone such a shard is more than 5 % of all."""
+    paths = many(tmp_path / "data", 40)
+    paths[7].write_bytes(paths[7].read_bytes()[:length])
+    with pytest.warns(UserWarning, match=r"1 of 40 shards: \S*s-07\.tar is (truncated|not a)"):
+        dataset = open_dataset(str(tmp_path / "data"), 9)
+    whole = length // 2048  # a sample takes four blocks of 512
+    kept = [n for n in range(400) if n < 70 + whole or n >= 80]
+    assert captions(dataset) == [f"number {n}" for n in kept]
+    with pytest.raises(DataError, match=r"1 of 1 shards: \S*s-07\.tar is (truncated|not a)"):
+        open_dataset(str(paths[7]), 9)
+
+
+def test_a_flipped_bit_in_a_header_is_seen(tmp_path: Path) -> None:
+    paths = many(tmp_path / "data", 40)
+    replace(paths[3], b"0035.png", b"0135.png")
+    with pytest.warns(UserWarning, match=r"s-03\.tar is truncated or damaged after 10,240 of"):
+        dataset = open_dataset(str(tmp_path / "data"), 9)
+    assert len(dataset) == 395
+
+
+def test_missing_and_empty_shards_are_counted(tmp_path: Path) -> None:
+    many(tmp_path / "data", 39)
+    write(tmp_path / "data" / "s-39.tar", {})
+    spec = str(tmp_path / "data" / "s-{00..40}.tar")
+    with pytest.warns(UserWarning) as told:
+        dataset = open_dataset(spec, 9)
+    assert len(dataset) == 390 and len(told) == 1
+    text = str(told[0].message)
+    assert "2 of 41 shards" in text
+    assert "s-40.tar is not there" in text and "s-39.tar holds no samples" in text
+    with pytest.raises(DataError, match=r"4 of 43 shards: \S*s-40\.tar is not there; "):
+        open_dataset(str(tmp_path / "data" / "s-{00..42}.tar"), 9)
+
+
+def test_samples_without_a_part_are_left_out(tmp_path: Path) -> None:
+    lacking = {"a.png": encode(1), "b.txt": b"blind", "c.gif": b"", "d.pickle": b"cos\nsystem\n"}
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "a.tar", {**samples(0, 60), **lacking})
+    with pytest.warns(UserWarning, match=r"2 samples lack a JPEG.*a\.tar \(2\)"):
+        assert len(open_dataset(str(path), 9)) == 60
+    write(path, {"1.png": encode(0)})
+    with pytest.raises(DataError, match=r"1 samples lack .*a\.tar \(1\)"):
+        open_dataset(str(path), 8)
+    write(path, {"1.pickle": b"cos\nsystem\n"})
+    with pytest.raises(DataError, match=r"a\.tar holds no samples"):
+        open_dataset(str(path), 8)
+
+
+def soiled(root: Path) -> Dataset:
+    """400 samples, one of each of five kinds bad, and two of the same kind."""
+    paths = many(root, 40)
+    huge = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(huge, "PNG")
+    write(paths[20], {**samples(200, 10), "0205.png": huge.getvalue()})
+    write(paths[21], {**samples(210, 10), "0215.png": b"GIF89a"})
+    write(paths[22], {**samples(220, 10), "0225.txt": b"\xff\xfe no"})
+    write(paths[23], {**samples(230, 10), "0235.txt": b" \n"})
+    dataset = open_dataset(str(root), 9)
+    replace(paths[24], b"number 245", b"number 999", unseen=True)
+    replace(paths[24], b"number 246", b"number 998", unseen=True)
+    return dataset
+
+
+def test_bad_samples_are_reported_once_a_kind_and_replaced(tmp_path: Path) -> None:
+    dataset = soiled(tmp_path / "data")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = captions(dataset)
+    bad = [205, 215, 225, 235, 245, 246]
+    for number in set(range(400)) - set(bad):
+        assert found[number] == f"number {number}"
+    stand = [int(found[number].split()[1]) for number in bad]
+    assert not {*stand} & {*bad, 998, 999} and len({*stand}) == len(bad)
+    texts = [str(one.message) for one in told]
+    assert len(texts) == 5  # of the two changed ones the second is only counted
+    for number, what in [
+        (205, "pixels"),
+        (215, "is not a JPEG"),
+        (225, "is not UTF-8"),
+        (235, "has an empty caption"),
+        (245, "its text has changed since"),
+    ]:
+        assert sum(f"{number:04}" in text and what in text for text in texts) == 1, what
+    again = soiled(tmp_path / "data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backwards = [again.get(number, ANY).caption for number in reversed(range(400))]
+    assert backwards[::-1] == found  # whoever asks, and whenever
+
+
+def test_too_many_bad_samples_stop_with_the_shards_they_are_in(tmp_path: Path) -> None:
+    paths = many(tmp_path / "data", 40)
+    dataset = open_dataset(str(tmp_path / "data"), 9)
+    for path in paths[:3]:
+        for number in range(10 * int(path.stem[2:]), 10 * int(path.stem[2:]) + 10):
+            replace(path, f"number {number}".encode(), b"x" * len(f"number {number}"), unseen=True)
+    with warnings.catch_warnings(), pytest.raises(DataError) as stopped:
+        warnings.simplefilter("ignore")
+        captions(dataset)
+    text = str(stopped.value)
+    assert "11 of 11 samples" in text  # more than 5 % of 200
+    assert "s-00.tar (10), " in text and "s-01.tar (1)" in text
+    assert stopped.value.exit_code == 3
+
+
+def test_a_loaders_workers_stop_the_same_way(tmp_path: Path) -> None:
+    (path,) = many(tmp_path / "data", 1)
+    dataset = open_dataset(str(path), 9)
+    replace(path, b"number 4", b"xumber 4", unseen=True)
+    with pytest.raises(DataError, match="its text has changed") as stopped:
+        for batch in batches(dataset, batch=10, seed=0, workers=1):
+            assert len(batch) == 10
+    assert "Traceback" not in str(stopped.value)
+
+
+def test_shards_pass_to_workers_whole(tmp_path: Path) -> None:
+    many(tmp_path / "data", 3)
+    dataset = open_dataset(str(tmp_path / "data"), 9)
+    here = next(batches(dataset, batch=30, seed=1))
+    there = next(batches(dataset, batch=30, seed=1, workers=2))
+    assert here.captions == there.captions and sorted({*here.captions}) == sorted(captions(dataset))
+    assert isinstance(dataset.dataset, Shards)  # type: ignore[attr-defined]
