@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -56,27 +57,29 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
+def written(log: Path) -> int:
+    """The last step in a run's log."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", OVERRIDES)
 def test_a_trainer_killed_at_random_moments_ends_with_the_same_bytes(
     stage: str, model_folder: Path, tmp_path: Path
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    began = time.monotonic()
     finish(start(stage, model_folder, straight))
-    whole = time.monotonic() - began
     moments = random.Random(stage)
-    steps = []  # how far each attempt had come
-    for _ in range(KILLS):
+    log = killed / "metrics.jsonl"
+    for step in sorted(moments.sample(range(2, STEPS - 10), KILLS)):
         process = start(stage, model_folder, killed)
-        time.sleep(whole * moments.uniform(0.4, 0.9))
+        while process.poll() is None and written(log) < step:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        log = killed / "metrics.jsonl"
-        steps.append(len(log.read_text().splitlines()) if log.is_file() else 0)
-        if process.returncode == 0:  # finished before its moment
-            break
-    assert any(0 < step < STEPS for step in steps), steps
+        assert process.returncode == -signal.SIGKILL, "it ended before its moment"
     finish(start(stage, model_folder, killed))
     last = straight / "checkpoints" / f"step-{STEPS}"
     files = [path.relative_to(last) for path in last.rglob("*") if path.is_file()]
