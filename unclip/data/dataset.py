@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -172,6 +173,18 @@ def cache_folder(what: str) -> Path:
     """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
     chosen = os.environ.get("UNCLIP_CACHE")
     return (Path(chosen) if chosen else Path.home() / ".cache" / "unclip") / what
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_cache(spec: str) -> bool:

@@ -16,7 +16,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unclip.data.dataset import Sample, cache_folder
+from unclip.data.dataset import Sample, cache_folder, replacing
 from unclip.data.images import fit_square, from_array, load_image, to_rgb
 from unclip.errors import DataError
 
@@ -127,7 +126,7 @@ class Emoji:
         path = self.cache / self._entry(set_name) / f"{key}.webp"
         if not path.is_file():
             pixels = rasterise(read_archive(self.root, set_name)[key], self.resolution)
-            with _replacing(path) as temporary:
+            with replacing(path) as temporary:
                 # lossless; method 0 is the fastest
                 Image.fromarray(pixels).save(temporary, "WEBP", lossless=True, method=0)
         return np.asarray(load_image(path))
@@ -254,7 +253,7 @@ def write_array(path: Path, archive: Mapping[str, bytes], keys: list[str], resol
     missing = [key for key in keys if key not in archive]
     if missing:
         raise DataError(f"{len(missing)} emoji are not in their archive, first {missing[0]}")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         shape = (len(keys), resolution, resolution, 3)
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         jobs = ((archive[key], resolution) for key in keys)
@@ -283,15 +282,3 @@ def _map(
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(cores, 16), mp_context=context) as pool:
         yield from pool.map(function, jobs, chunksize=16)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from unclip.data.captions import caption_of, clean, decode
-from unclip.data.dataset import MAX_BAD, Sample, cache_folder
+from unclip.data.dataset import MAX_BAD, Sample, cache_folder, replacing
 from unclip.data.images import SUFFIXES, fit_square, load_image, to_tensor
 from unclip.errors import DataError
 
@@ -147,16 +147,10 @@ def read_index(shard: Path) -> ShardIndex:
             pass  # damaged: made again
     index = index_shard(shard)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for target, data in ((path, index.entries), (beside, index)):
-            own = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            with own.open("wb") as file:
-                if data is index:
-                    about = {"problem": index.problem, "lacking": index.lacking}
-                    file.write(json.dumps(about).encode())
-                else:
-                    np.save(file, index.entries, allow_pickle=False)
-            os.replace(own, target)
+        with replacing(path) as own, own.open("wb") as file:
+            np.save(file, index.entries, allow_pickle=False)
+        with replacing(beside) as own:
+            own.write_text(json.dumps({"problem": index.problem, "lacking": index.lacking}))
     except OSError:  # no place to keep it: made again next time
         return index
     return ShardIndex(np.load(path, mmap_mode="r"), index.problem, index.lacking)

@@ -28,9 +28,7 @@ from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
 from unclip.errors import ConfigError
 from unclip.evaluation import markdown_table
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.models.upsampler import Upsampler
+from unclip.stages import NETWORKS
 from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun
 
 GB = 1e9
@@ -65,14 +63,18 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
+    def step(self) -> int:
+        """Bytes that a micro-batch adds as the configuration stands."""
+        return self.checkpointed if self.checkpointing else self.activations
+
+    @property
     def total(self) -> int:
         """Bytes on each GPU as the configuration stands."""
-        return self.fixed + (self.checkpointed if self.checkpointing else self.activations)
+        return self.fixed + self.step
 
     def fits(self, memory: float) -> int:
         """The largest micro-batch for so many bytes, about: activations grow with it evenly."""
-        each = (self.checkpointed if self.checkpointing else self.activations) / self.micro_batch
-        return max(0, int((memory - self.fixed) / each))
+        return max(0, int((memory - self.fixed) / self.step * self.micro_batch))
 
     def days(self, gpus: int, peak: float, utilisation: float) -> float:
         """Days for all pictures. **Units**: `peak` in operations a second of one GPU."""
@@ -259,9 +261,9 @@ def _inputs(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
 
 
 def _network(run: Any, model: Config | None = None) -> nn.Module:
-    networks = [(PriorRun, DiffusionPrior), (DecoderRun, Decoder), (UpsamplerRun, Upsampler)]
-    network: type[nn.Module] = next(one for schema, one in networks if isinstance(run, schema))
-    return network(model or run.model)
+    config = model or run.model
+    network = next(one for schema, one in NETWORKS.values() if isinstance(config, schema))
+    return network(config)
 
 
 def _load(path: str | Path, overrides: list[str]) -> Any:
