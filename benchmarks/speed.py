@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
+from machine import MB, machine_peak, memory, reset_peak
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,27 +30,7 @@ from unclip.folder import resolve_folder, write_json
 from unclip.pipeline import UnCLIP
 from unclip.stages import Stage
 
-MB = 1e6
 TEXT, PNG, REST = "clip text", "PNG write", "rest"
-
-
-def reset_peak() -> bool:
-    """Start the process's memory peak anew; False where the system can't."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def memory(key: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (the peak since it was last reset)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # since the start
 
 
 @dataclass
@@ -139,37 +118,6 @@ def picture(pipe: UnCLIP, given: argparse.Namespace, counting: bool = False) -> 
     watch.pause()
     watch.costs[REST] = Cost(seconds - inside, watch.between)
     return Run(seconds, watch.costs)
-
-
-def machine_peak(seconds: float = 0.5) -> tuple[float, str]:
-    """The best GFLOP/s of a few float32 matrix products and channels-last convolutions."""
-    last = torch.channels_last
-    weight = torch.randn(256, 256, 3, 3).to(memory_format=last)
-    wide = torch.randn(64, 64, 3, 3).to(memory_format=last)
-    a, x = torch.randn(2048, 2048), torch.randn(1, 256, 64, 64).to(memory_format=last)
-    y = torch.randn(1, 64, 256, 256).to(memory_format=last)
-    work: dict[str, tuple[Callable[[], Any], float]] = {
-        "matmul 2048": (lambda: a @ a, 2 * 2048**3),
-        "3x3 conv, 256 channels at 64 px": (
-            lambda: F.conv2d(x, weight, padding=1),
-            2 * 9 * 256**2 * 64**2,
-        ),
-        "3x3 conv, 64 channels at 256 px": (
-            lambda: F.conv2d(y, wide, padding=1),
-            2 * 9 * 64**2 * 256**2,
-        ),
-    }
-    best, what = 0.0, ""
-    for name, (job, flops) in work.items():
-        job()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            begun = time.perf_counter()
-            job()
-            rate = flops / (time.perf_counter() - begun) / 1e9
-            if rate > best:
-                best, what = rate, name
-    return best, what
 
 
 @torch.no_grad()

@@ -138,7 +138,12 @@ def test_accelerate_understands_its_files(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "nodes", "processes"),
-    [("one_gpu.yaml", 1, 1), ("ddp_8.yaml", 1, 2), ("two_nodes.yaml", 2, 2)],
+    [
+        ("one_gpu.yaml", 1, 1),
+        ("ddp_8.yaml", 1, 2),
+        ("fsdp2_8.yaml", 1, 2),
+        ("two_nodes.yaml", 2, 2),
+    ],
 )
 def test_accelerate_files_train(tmp_path: Path, config: str, nodes: int, processes: int) -> None:
     """Two machines are two launchers here, each with its own process."""
@@ -156,7 +161,10 @@ def test_accelerate_files_train(tmp_path: Path, config: str, nodes: int, process
     outputs = [agent.communicate(timeout=300) for agent in agents]
     for agent, (_, errors) in zip(agents, outputs, strict=True):
         assert agent.returncode == 0, errors
-    assert sum(out.count(f"world {processes}") for out, _ in outputs) == 1
+    out = "".join(out for out, _ in outputs)
+    assert out.count(f"world {processes}") == 1
+    # A linear layer of 40 numbers, a convolution of 24 and one of 4, whose single row is rank 0's.
+    assert ("holds 40 of 68" if config == "fsdp2_8.yaml" else "holds 68 of 68") in out
     assert_same_lines(lines(tmp_path / "here"), lines(tmp_path / "there"))
 
 

@@ -82,12 +82,24 @@ def test_parameters_and_state_are_those_that_a_run_saves(
     assert needs.pictures == run.train.batch
 
 
+def test_sharding_divides_what_is_kept_and_adds_what_is_put_together() -> None:
+    path = CONFIGS / "emoji" / "upsampler_256.yaml"
+    copied, spread = (plan(path, [], 4, shard) for shard in (False, True))
+    kept = copied.weights + copied.gradients + copied.optimizer + copied.ema
+    assert spread.fixed == pytest.approx(kept / 4 + spread.gathered, rel=1e-6)
+    unet = planning._network(planning._load(path, [])).unet
+    blocks = [sum(p.numel() for p in b.parameters()) for b in (*unet.down, *unet.mid, *unet.up)]
+    assert spread.gathered == 12 * max(blocks)
+    assert copied.gathered == 0
+    assert spread.activations == copied.activations
+
+
 def test_arithmetic_is_three_times_that_of_the_forward_pass() -> None:
     """And grows with the batch; with checkpointing the forward pass is done again."""
     run = planning._load(CONFIGS / "emoji/upsampler_256.yaml", ["data.crop=64"])
     flops = {on: step_needs(run, 2, on)[0] for on in (False, True)}
     network, inputs = planning._network(run), planning._inputs(run, 2)
-    with planning._flop_counter() as counter, torch.no_grad():
+    with planning.flop_counter() as counter, torch.no_grad():
         network(*inputs)
     forward = counter.get_total_flops()
     assert flops[False] == pytest.approx(3 * forward, rel=0.05)  # no gradient for the input
@@ -98,7 +110,13 @@ def test_arithmetic_is_three_times_that_of_the_forward_pass() -> None:
 def needs(**changes: Any) -> Plan:
     base = {"parameters": 10**9, "micro_batch": 8, "weights": 4 * 10**9, "gradients": 4 * 10**9}
     base |= {"optimizer": 8 * 10**9, "ema": 4 * 10**9, "activations": 80 * 10**9}
-    base |= {"checkpointed": 16 * 10**9, "checkpointing": False, "flops": 1e12, "pictures": 10**9}
+    base |= {
+        "gathered": 0,
+        "checkpointed": 16 * 10**9,
+        "checkpointing": False,
+        "flops": 1e12,
+        "pictures": 10**9,
+    }
     return Plan(**base | changes)
 
 

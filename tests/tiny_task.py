@@ -17,6 +17,7 @@ from unclip.config import Config
 from unclip.folder import write_stage
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
+from unclip.training.sharding import part
 
 
 class TinyConfig(Config):
@@ -81,8 +82,8 @@ class TinyTask:
         level = int(model(torch.ones(1, 4)).sigmoid() * 255)
         return Image.new("L", (2, 2), level)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        write_stage(folder, self.name, {"width": 8}, model.state_dict())
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        write_stage(folder, self.name, {"width": 8}, tensors)
 
 
 def stream(config: TinyConfig, start: int, rank: int = 0, world: int = 1) -> Iterator[TinyBatch]:
@@ -106,7 +107,11 @@ def run(config: TinyConfig, accelerator) -> Path:  # type: ignore[no-untyped-def
     if accelerator.is_main_process:
         print(f"world {world}", flush=True)
     task = TinyTask(config)
-    return fit(task, lambda s: stream(config, s, rank, world), config.train, config, accelerator)
+    folder = fit(task, lambda s: stream(config, s, rank, world), config.train, config, accelerator)
+    if accelerator.is_main_process:
+        held = sum(part(p).numel() for p in task.model.parameters())
+        print(f"holds {held} of {sum(p.numel() for p in task.model.parameters())}", flush=True)
+    return folder
 
 
 if __name__ == "__main__":

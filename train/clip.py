@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -117,15 +117,18 @@ class ClipTask:
         rank = retrieval_rank(z_image, z_text)
         scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
         line = json.dumps({"step": self.step, **scores, "n": len(rank)})
-        print(f"retrieval of validation captions: {line}", flush=True)
-        with (Path(self.config.train.out) / "val.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if PartialState().is_main_process:
+            print(f"retrieval of validation captions: {line}", flush=True)
+            with (Path(self.config.train.out) / "val.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
         grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
         return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage `clip`, which `FrozenCLIP.load` reads."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(tensors)
         self._frozen(model).save(folder)
 
     def _frozen(self, model: nn.Module) -> FrozenCLIP:

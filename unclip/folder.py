@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,13 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Copy tensors into a model one by one; names and shapes must all match.
+def load_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
+    """Copy tensors into a model one by one, with `put`; names and shapes must all match.
 
     `what` names them in errors. A `TensorFile` never has more than one tensor in memory.
 
@@ -186,7 +191,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
         raise CheckpointError(f"{what} does not fit {type(model).__name__}: {problems}")
     with torch.no_grad():
         for name, target in expected.items():
-            target.copy_(tensors[name])
+            put(target, tensors[name])
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> list[int]:

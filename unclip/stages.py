@@ -126,12 +126,16 @@ class Stage:
         }
 
     def save(
-        self, folder: Path, network: nn.Module | None = None, dtype: torch.dtype | None = None
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Write `folder/<name>/`; `network` stands in for ours (an EMA copy, say)."""
-        write_stage(folder, self.name, self.describe(), _tensors(network or self.network, dtype))
+        """Write `folder/<name>/`; `tensors` stand in for our network's (their averages, say)."""
+        tensors = self.network.state_dict() if tensors is None else tensors
+        write_stage(folder, self.name, self.describe(), _as(dtype, tensors))
         if self.last is not None:
-            write_tensors(folder / self.name / WEIGHTS_LAST, _tensors(self.last, dtype))
+            write_tensors(folder / self.name / WEIGHTS_LAST, _as(dtype, self.last.state_dict()))
 
 
 @dataclass(frozen=True)
@@ -252,9 +256,8 @@ def resident(modules: Iterable[nn.Module | None], device: torch.device) -> Itera
             store[name] = x
 
 
-def _tensors(network: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _as(dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A network's tensors in `dtype`, but for the statistics of embeddings: they stay float32."""
-    tensors = network.state_dict()
     if dtype is None:
         return tensors
     kept = ("scale.", "text_scale.")

@@ -26,6 +26,7 @@ from unclip.errors import CheckpointError, DivergedError
 from unclip.sources import Source
 from unclip.stages import Stage
 from unclip.training.ema import EMA
+from unclip.training.sharding import put, wholes
 
 # What may differ between weights and the run that starts from them.
 FREE = ("dropout", "checkpointing", "low", "high", "resolution", "steps", "schedule")
@@ -36,7 +37,7 @@ class Saves(Protocol):
 
     name: str
 
-    def save(self, model: nn.Module, folder: Path) -> None: ...
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None: ...
 
 
 @dataclass
@@ -53,7 +54,25 @@ class TrainState:
     skipped: list[int] = field(default_factory=list)
 
 
-def save_checkpoint(run: Path, task: Saves, state: TrainState, keep: int) -> Path:
+@dataclass
+class Tensors:
+    """What a checkpoint holds, each tensor whole: by the names of the model's state, the live
+    weights and buffers and, in their place, the averages; the optimizer's by their names in files.
+    """
+
+    live: dict[str, Tensor]
+    averaged: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def gathered(state: TrainState, keep: bool) -> Tensors:
+    """The state's tensors, put together from all processes; those that don't `keep` get none."""
+    live = wholes(state.model.state_dict(), keep)
+    averaged = {**live, **wholes(state.ema.tensors(), keep)}
+    return Tensors(live, averaged, wholes(_optimizer_tensors(state), keep))
+
+
+def save_checkpoint(run: Path, task: Saves, state: TrainState, tensors: Tensors, keep: int) -> Path:
     """Write `checkpoints/step-N` beside its place, rename it, and remove the oldest.
 
     At least two are kept, so that one damaged file never ends a run.
@@ -61,13 +80,13 @@ def save_checkpoint(run: Path, task: Saves, state: TrainState, keep: int) -> Pat
     **Raises**: `DivergedError` if a weight is not finite, `CheckpointError` if the files can't be
     written; then the older ones stay.
     """
-    _check_finite(state)
+    _check_finite(tensors, state.step)
     final = run / "checkpoints" / f"step-{state.step}"
     beside = final.with_name(final.name + ".tmp")
     for old in (run / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(old)
     try:
-        _write(beside, task, state)
+        _write(beside, task, state, tensors)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
@@ -82,13 +101,12 @@ def save_checkpoint(run: Path, task: Saves, state: TrainState, keep: int) -> Pat
     return final
 
 
-def _write(folder: Path, task: Saves, state: TrainState) -> None:
+def _write(folder: Path, task: Saves, state: TrainState, tensors: Tensors) -> None:
     (folder / "training").mkdir(parents=True)
-    with state.ema.swapped(state.model) as averaged:
-        task.save(averaged, folder)
+    task.save(tensors.averaged, folder)
     _check_stage(folder / task.name / files.WEIGHTS, state.ema)
-    files.write_tensors(folder / "training" / "weights.safetensors", state.model.state_dict())
-    files.write_tensors(folder / "training" / "optimizer.safetensors", _optimizer_tensors(state))
+    files.write_tensors(folder / "training" / "weights.safetensors", tensors.live)
+    files.write_tensors(folder / "training" / "optimizer.safetensors", tensors.optimizer)
     saved = {"format": 1, "step": state.step, "skipped": state.skipped}
     files.write_json(folder / "training" / "state.json", saved)
     files.write_manifest(folder)
@@ -100,7 +118,7 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
     **Raises**: `CheckpointError` if it belongs to another model.
     """
     weights = folder / "training" / "weights.safetensors"
-    files.load_tensors(state.model, files.TensorFile(weights), str(weights))
+    files.load_tensors(state.model, files.TensorFile(weights), str(weights), put)
     stage = folder / task.name / files.WEIGHTS
     state.ema.load(files.TensorFile(stage), str(stage))
     _load_optimizer(folder / "training" / "optimizer.safetensors", state)
@@ -180,16 +198,17 @@ def _load_optimizer(path: Path, state: TrainState) -> None:
         param = params[name]
         # Moments get their parameter's memory format back; the file holds contiguous copies.
         value = torch.empty_like(param) if saved.shape == param.shape else torch.empty_like(saved)
-        value = value.to(param.device, saved.dtype).detach().copy_(saved)
+        value = value.to(param.device, saved.dtype).detach()
+        put(value, saved)
         state.optimizer.state[param][key] = value
 
 
-def _check_finite(state: TrainState) -> None:
+def _check_finite(tensors: Tensors, step: int) -> None:
     """Gradients may be finite and an optimizer's step with them not."""
-    for name, value in [*state.model.state_dict().items(), *state.ema.tensors().items()]:
+    for name, value in [*tensors.live.items(), *tensors.averaged.items()]:
         if not bool(value.isfinite().all()):
             raise DivergedError(
-                f"{name} is not finite at step {state.step}, which is not saved; lower train.lr "
+                f"{name} is not finite at step {step}, which is not saved; lower train.lr "
                 "and start the same command again: it continues from the checkpoint before"
             )
 

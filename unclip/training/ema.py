@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import CheckpointError
+from unclip.training.sharding import part, put
 
 
 class EMA:
@@ -30,7 +31,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Move towards the live weights after optimizer step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._live], 1 - decay)
+        live = [part(p.detach()) for p in self._live]
+        torch._foreach_lerp_([part(a) for a in self._average], live, 1 - decay)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -58,9 +60,12 @@ class EMA:
         for name, average in self.tensors().items():
             if name not in tensors or tensors[name].shape != average.shape:
                 raise CheckpointError(f"{what} has no average of {name} of the right shape")
-            average.copy_(tensors[name])
+            put(average, tensors[name])
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        # Storages change places: nothing is copied, and the optimizer's references stay valid.
-        for i, live in enumerate(self._live):
-            live.data, self._average[i] = self._average[i], live.data
+        # Values change places: whoever holds a weight's memory, as FSDP does, sees the average.
+        for live, average in zip(self._live, self._average, strict=True):
+            kept = part(live).clone()
+            part(live).copy_(part(average))
+            part(average).copy_(kept)

@@ -21,6 +21,7 @@ from unclip.models.prior import DiffusionPrior
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
+DRAFT_WORDINGS = 32  # of one picture, at most
 DRAFT_JITTER = 0.5  # the most noise on a caption, in deviations of the captions in each direction
 DRAFT_FLOOR = 0.1  # directions in which captions differ less than this are not blown up to one
 BATCH, LR = 256, 2e-3
@@ -79,7 +80,8 @@ def fit_draft(
     draft, scale = prior.draft, prior.text_scale
     assert draft is not None and scale is not None
     device = draft.out.weight.device  # not the encoder's before the run has begun
-    pairs = list(_paired(clip, dataset, seed, DRAFT_COUNT))
+    count = min(DRAFT_COUNT, DRAFT_WORDINGS * len(dataset))
+    pairs = list(_paired(clip, dataset, seed, count))
     x0 = prior.scale(torch.cat([z for z, _ in pairs]).to(device))  # (n, D)
     text = torch.cat([z for _, z in pairs]).to(device)
     scale.fit(text)

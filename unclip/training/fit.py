@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from unclip.config import Config
 from unclip.errors import DivergedError
 from unclip.randomness import generator
-from unclip.training.checkpoint import TrainState, load_checkpoint, load_init, save_checkpoint
+from unclip.training import sharding
+from unclip.training.checkpoint import (
+    TrainState,
+    gathered,
+    load_checkpoint,
+    load_init,
+    save_checkpoint,
+)
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
@@ -67,7 +74,8 @@ class Task(Protocol):
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
-    ids. `preview` draws with fixed seeds. `save` keeps the names of `model.state_dict()`.
+    ids. `preview` draws with fixed seeds, on every process. `save` gets tensors by the names of
+    `model.state_dict()` and keeps these.
     """
 
     name: str
@@ -77,7 +85,7 @@ class Task(Protocol):
 
     def preview(self, model: nn.Module) -> Image.Image | None: ...
 
-    def save(self, model: nn.Module, folder: Path) -> None: ...
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None: ...
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -130,7 +138,8 @@ def fit(
         task.model.train()
         if config.compile:
             task.model.compile()  # in place: keys keep their names
-        wrapped = accelerator.prepare_model(task.model)
+        spread = accelerator.num_processes > 1 and sharding.asked()
+        wrapped = (sharding.shard if spread else _copied)(task.model, accelerator)
         state = TrainState(
             task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
         )
@@ -141,6 +150,8 @@ def fit(
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
+        if spread:
+            log.say(f"weights are shared out over {accelerator.num_processes} processes")
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)
         try:
             with stop_signal() as stopped:
@@ -153,6 +164,11 @@ def fit(
         saved = trainer.saved or newest
         assert saved is not None, "steps >= 1 always ends in a checkpoint"
         return saved
+
+
+def _copied(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Each process has the whole model (DDP, where there are several)."""
+    return accelerator.prepare_model(model)
 
 
 @dataclass
@@ -224,7 +240,8 @@ class _Trainer:
         """
         optimizer = self.state.optimizer
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        spread = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = sharding.whole(spread)
         finite = loss.isfinite() & norm.isfinite()
         flags = torch.stack([~finite, torch.tensor(stop, device=finite.device)]).int()
         if self.accelerator.num_processes > 1:
@@ -232,7 +249,7 @@ class _Trainer:
         skipped, stop = (bool(flag) for flag in flags.tolist())
         if not skipped:
             if self.config.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, norm)
+                nn.utils.clip_grads_with_norm_(params, self.config.clip_grad, spread)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -260,22 +277,23 @@ class _Trainer:
             )
 
     def _save(self) -> None:
-        run = Path(self.config.out)
+        run, keep = Path(self.config.out), self.config.keep
+        tensors = gathered(self.state, self.accelerator.is_main_process)
         on_main(
-            self.accelerator,
-            lambda: save_checkpoint(run, self.task, self.state, self.config.keep),
+            self.accelerator, lambda: save_checkpoint(run, self.task, self.state, tensors, keep)
         )
         self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
     def _preview(self) -> None:
-        """Write samples/step-N.png from the averaged weights; randomness stays as it is."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write samples/step-N.png from the averaged weights; randomness stays as it is.
+
+        Every process draws it, so that none waits for another, and a spread model can.
+        """
         device = self.accelerator.device
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
             image = self.task.preview(averaged)
-        if image is not None:
+        if image is not None and self.accelerator.is_main_process:
             folder = Path(self.config.out) / "samples"
             folder.mkdir(exist_ok=True)
             image.save(folder / f"step-{self.state.step}.png")

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error
+from unclip.training import sharding
 from unclip.training.fit import TrainConfig
 
 
@@ -58,16 +59,17 @@ def main(
 
 
 def _accelerator(precision: str) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        # Without it, several processes on a machine without GPU would each train alone.
-        cpu=not torch.accelerator.is_available(),
-        # Rank 0 draws previews and writes checkpoints while the others wait.
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # not a second copy
-        ],
-    )
+    with sharding.hidden():
+        accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            # Without it, several processes on a machine without GPU would each train alone.
+            cpu=not torch.accelerator.is_available(),
+            # Rank 0 writes checkpoints while the others wait.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # not a second copy
+            ],
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
         raise ConfigError(

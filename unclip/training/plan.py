@@ -29,6 +29,7 @@ from unclip.config import Config, load_config, read_yaml
 from unclip.errors import ConfigError
 from unclip.evaluation import markdown_table
 from unclip.stages import NETWORKS
+from unclip.training.sharding import largest_unit
 from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun
 
 GB = 1e9
@@ -41,8 +42,9 @@ class Plan:
 
     `activations` is what a micro-batch adds at its peak, the low-precision copies of weights
     included; `checkpointed` the same with every block computed again going backward.
-    `checkpointing` says which of the two the configuration has, and `flops` is that one's. The
-    frozen CLIP encoder of priors and decoders comes on top of everything.
+    `checkpointing` says which of the two the configuration has, and `flops` is that one's.
+    `gathered` is what sharding puts together for a moment. The frozen CLIP encoder of priors and
+    decoders comes on top of everything.
     """
 
     parameters: int
@@ -51,6 +53,7 @@ class Plan:
     gradients: int
     optimizer: int
     ema: int
+    gathered: int
     activations: int
     checkpointed: int
     checkpointing: bool
@@ -60,7 +63,7 @@ class Plan:
     @property
     def fixed(self) -> int:
         """Bytes on each GPU whatever the batch."""
-        return self.weights + self.gradients + self.optimizer + self.ema
+        return self.weights + self.gradients + self.optimizer + self.ema + self.gathered
 
     @property
     def step(self) -> int:
@@ -81,8 +84,10 @@ class Plan:
         return self.pictures * self.flops / (gpus * peak * utilisation) / 86400
 
 
-def plan(path: str | Path, overrides: list[str], gpus: int) -> Plan:
-    """Plan the run of a configuration on so many GPUs, each with a copy of everything (DDP).
+def plan(path: str | Path, overrides: list[str], gpus: int, shard: bool = False) -> Plan:
+    """Plan the run of a configuration on so many GPUs.
+
+    Each has a copy of everything (DDP) or, with `shard`, its share of it (FSDP2).
 
     **Raises**: `ConfigError` if it is no prior, decoder or upsampler, or its batch can't be shared.
     """
@@ -101,13 +106,16 @@ def plan(path: str | Path, overrides: list[str], gpus: int) -> Plan:
         network = _network(run)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(t.numel() for t in network.state_dict().values()) - trained
+    share = gpus if shard else 1
     return Plan(
         parameters=trained + frozen,
         micro_batch=micro,
-        weights=4 * (trained + frozen),
-        gradients=4 * trained,
-        optimizer=8 * trained,
-        ema=4 * trained,
+        weights=4 * (trained + frozen) // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
+        ema=4 * trained // share,
+        # Two units' weights, because the next one is fetched ahead, and one's gradients.
+        gathered=12 * largest_unit(network) if shard and gpus > 1 else 0,
         activations=plain[1],
         checkpointed=again[1],
         checkpointing=asked,
@@ -123,6 +131,7 @@ def report(plan: Plan, *, gpus: int, memory: float, tflops: float, utilisation: 
         "gradients": plan.gradients,
         "AdamW's moments": plan.optimizer,
         "averaged weights": plan.ema,
+        **({"put together for a while": plan.gathered} if plan.gathered else {}),
         f"activations, micro-batch {plan.micro_batch}": plan.activations,
         "the same with checkpointing": plan.checkpointed,
     }
@@ -157,7 +166,7 @@ def step_needs(run: Any, micro: int, checkpointing: bool) -> tuple[int, int]:
     """
     config = _with_checkpointing(run.model.model_dump(), checkpointing)
     model = type(run.model).model_validate(config)
-    with FakeTensorMode(), _Peak() as peak, _flop_counter() as flops:
+    with FakeTensorMode(), _Peak() as peak, flop_counter() as flops:
         network = _network(run, model)
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -217,8 +226,8 @@ class _Peak(TorchDispatchMode):
         super().__exit__(*exception)
 
 
-def _flop_counter() -> FlopCounterMode:
-    # torch's own table lacks the CPU's fused attention.
+def flop_counter() -> FlopCounterMode:
+    """Counts operations; the fused attention of CPUs too, which torch's own table lacks."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,

@@ -157,9 +157,9 @@ class PriorTask:
         rows = [[k, *near[k].tolist()] for k in range(len(z))]
         return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""
-        self.stage.save(folder, model)
+        self.stage.save(folder, tensors)
 
 
 class DecoderTask:
@@ -196,9 +196,9 @@ class DecoderTask:
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=PREVIEWS)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""
-        self.stage.save(folder, model)
+        self.stage.save(folder, tensors)
 
     def _cond(self, images: Tensor, captions: list[str]) -> Cond:
         reads_text = self.run.model.text_width is not None
@@ -259,9 +259,9 @@ class UpsamplerTask:
         out = _sample(self.stage, model, cond, tuple(real.shape[1:]), None)
         return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=PREVIEWS)
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""
-        self.stage.save(folder, model)
+        self.stage.save(folder, tensors)
 
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:

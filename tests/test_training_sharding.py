@@ -1,0 +1,104 @@
+"""Real trainers on two processes that share weights, gradients, optimizer and averages (FSDP2)."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_tasks import ROOT, TINY, tiny
+from test_training_launch import assert_same_lines, launch, lines
+
+from unclip.errors import ConfigError
+from unclip.folder import newest_checkpoint
+from unclip.stages import read_stage
+from unclip.training import sharding
+from unclip.training.tasks import train_decoder, train_prior, train_upsampler
+
+TRAINERS = {"decoder": train_decoder, "prior": train_prior, "upsampler_64": train_upsampler}
+# Previews between the steps, because averages change places with the weights there.
+STEPS = ["train.steps=6", "train.save_every=2", "train.sample_every=3", "train.log_every=1"]
+STEPS += [
+    "train.decay=constant",
+    "train.batch=4",
+    "train.warmup=0",
+    "train.precision=fp32",
+    "sampling.steps=2",
+]
+MORE = {
+    "decoder": [
+        "model.layout={side: 8, width: 32}",
+        "model.unet.checkpointing=true",
+        "model.unet.attention=[true, true, true]",
+        "data.train=emoji:val",
+    ],
+    "prior": ["model.draft={width: 32}", "data.train=emoji:val"],
+    "upsampler_64": ["train.accumulate=2"],
+}
+
+
+def alone(stage: str, clip: Path, out: Path, *more: str) -> None:
+    run = tiny(stage, clip, *STEPS, *MORE[stage], f"train.out={out}", *more)
+    torch.manual_seed(run.train.seed)  # as the scripts do
+    TRAINERS[stage](run, Accelerator(cpu=True))
+
+
+def together(stage: str, clip: Path, out: Path, *more: str) -> None:
+    widths = [f"clip={clip}", "model.embed=16", "model.text_width=16"]
+    overrides = [*TINY[stage], *(widths if stage != "upsampler_64" else [])]
+    overrides += ["model.context=12"] if stage == "prior" else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    process = launch(
+        "fsdp2_8.yaml",
+        *("--num_processes", "2", "--main_process_port", port),
+        str(ROOT / "train" / f"{stage.split('_')[0]}.py"),
+        str(ROOT / "configs" / "shapes" / f"{stage}.yaml"),
+        *overrides,
+        *STEPS,
+        *MORE[stage],
+        f"train.out={out}",
+        *more,
+    )
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "weights are shared out over 2 processes" in output
+
+
+@pytest.mark.parametrize("stage", TRAINERS)
+def test_a_sharded_training_equals_one_process(
+    stage: str, model_folder: Path, tmp_path: Path
+) -> None:
+    alone(stage, model_folder, tmp_path / "one")
+    together(stage, model_folder, tmp_path / "two")
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["processes"] for line in two] == [2] * 6
+    assert_same_lines(one, two)
+    checkpoint = newest_checkpoint(tmp_path / "two", training=True)
+    assert checkpoint is not None
+    assert read_stage(checkpoint, stage).load().network is not None
+
+
+@pytest.mark.parametrize("first", ["sharded", "whole"])
+def test_a_run_goes_on_with_and_without_sharding(
+    first: str, model_folder: Path, tmp_path: Path
+) -> None:
+    stage = "upsampler_64"
+    alone(stage, model_folder, tmp_path / "straight")
+    begin, end = (together, alone) if first == "sharded" else (alone, together)
+    begin(stage, model_folder, tmp_path / "run", "train.steps=3")
+    end(stage, model_folder, tmp_path / "run")
+    assert_same_lines(lines(tmp_path / "straight"), lines(tmp_path / "run"))
+
+
+def test_the_older_kind_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not sharding.asked()
+    monkeypatch.setenv(sharding.ASKED, "true")
+    monkeypatch.setenv(sharding.VERSION, "1")
+    with pytest.raises(ConfigError, match="fsdp_version must be 2"):
+        sharding.asked()
+    monkeypatch.setenv(sharding.VERSION, "2")
+    assert sharding.asked()
