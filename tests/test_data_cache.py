@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,9 @@ def test_layouts_of_clip_retrieval_are_read(tmp_path: Path, clip: FrozenCLIP) ->
     assert_close(torch.stack([sample.image for sample in samples]), torch.from_numpy(rows))
     assert [sample.key for sample in samples] == ["0/0.jpg", "0/1.jpg", *names]
     assert samples[2].caption == "a picture 1/0.jpg"
+    sent = pickle.dumps(cache)  # to a loader's worker
+    assert len(sent) < 300
+    assert pickle.loads(sent).get(4, torch.Generator()).key == names[-1]
     wide = tiny_clip()
     wide.width = 17
     with pytest.raises(CheckpointError, match="width 16, but the CLIP encoder wide"):

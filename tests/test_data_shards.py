@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import tarfile
 import warnings
 from pathlib import Path
@@ -247,3 +248,11 @@ def test_shards_pass_to_workers_whole(tmp_path: Path) -> None:
     there = next(batches(dataset, batch=30, seed=1, workers=2))
     assert here.captions == there.captions and sorted({*here.captions}) == sorted(captions(dataset))
     assert isinstance(dataset.dataset, Shards)  # type: ignore[attr-defined]
+
+
+def test_a_spawned_worker_is_sent_names_and_opens_the_indexes(tmp_path: Path) -> None:
+    dataset = Shards("x", many(tmp_path / "d", 3, each=200), 16)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 1000  # bytes, for 600 samples of 34
+    again = pickle.loads(sent)
+    assert [again.get(i, ANY).caption for i in (0, 599)] == ["number 0", "number 599"]

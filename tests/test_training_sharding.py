@@ -102,3 +102,10 @@ def test_the_older_kind_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) 
         sharding.asked()
     monkeypatch.setenv(sharding.VERSION, "2")
     assert sharding.asked()
+
+
+def test_a_model_with_a_single_number_can_not_be_shared_out() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))  # CLIP's logit scale is one
+    with pytest.raises(ConfigError, match=r"scale of this model .*ddp_8"):
+        sharding.shard(model, Accelerator(cpu=True))

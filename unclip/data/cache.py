@@ -187,6 +187,10 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader's worker maps the files itself, instead of being sent them."""
+        return EmbeddingCache, (self.root,)
+
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Row `index` with its one caption; the generator is not drawn from."""
         if not 0 <= index < len(self):

@@ -138,10 +138,13 @@ def fixed(dataset: Dataset, index: int) -> Sample:
 def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dataset:
     """The dataset that `data.train` names, with pictures of `resolution` pixels.
 
-    `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`; a folder
-    of pictures; a `.jsonl` or `.csv` of captions; a tar file, a folder of tar files, or a pattern
-    such as `shards-{000..009}.tar` or `shards/*.tar`. With `embeddings` also a cache
-    (`train/embed.py`, clip-retrieval), whose samples hold those instead of pictures.
+    - `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`;
+    - a folder of pictures; a `.jsonl`, `.csv` or `.parquet` of file names and captions;
+    - a tar file, a folder of them, or a pattern such as `shards-{000..009}.tar` or `shards/*.tar`;
+      likewise parquet files that hold the pictures;
+    - `hf:owner/name`, `hf:owner/name#config:split`: a dataset of the Hugging Face hub;
+    - with `embeddings` also a cache (`train/embed.py`, clip-retrieval), whose samples hold those
+      instead of pictures.
 
     Of files that people bring, single samples may be bad: see `Tolerant`.
 
@@ -164,6 +167,10 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
         from unclip.data.cache import EmbeddingCache
 
         return EmbeddingCache(Path(spec))
+    if name == "hf":
+        from unclip.data.hub import open_hub
+
+        return Tolerant(open_hub(spec, resolution))
     from unclip.data.readers import open_path
 
     return Tolerant(open_path(spec, resolution))

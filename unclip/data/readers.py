@@ -21,6 +21,7 @@ import torch
 
 from unclip.data.captions import KEYS, caption_of, clean, decode
 from unclip.data.dataset import Dataset, Sample
+from unclip.data.hub import open_parquet
 from unclip.data.images import SUFFIXES, fit_square, load_image, to_tensor
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
@@ -42,12 +43,16 @@ def open_path(spec: str, resolution: int) -> Dataset:
             return Files(spec, _read_table(tables[0]), resolution)
         return Shards(spec, shards, resolution) if shards else _open_folder(path, resolution)
     if path.is_file() and path.suffix in (".jsonl", ".csv", ".parquet"):
+        if path.suffix == ".parquet" and "file_name" not in _columns(path):
+            return open_parquet(spec, [path], resolution)
         return Files(spec, _read_table(path), resolution)
     parts = {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     if found and all(shard.suffix == ".tar" for shard in found):
         missing = [part for part, names in parts.items() if not names]
         return Shards(spec, found, resolution, missing)
+    if found and all(table.suffix == ".parquet" for table in found):
+        return open_parquet(spec, found, resolution)
     if found:
         raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.6)
@@ -84,9 +89,12 @@ class Files:
         return Sample(to_tensor(image), picture.caption, picture.key)
 
 
-def _open_folder(root: Path, resolution: int) -> Files:
-    """Pictures in a folder and the folders below it, each with its caption in a .txt beside it."""
+def _open_folder(root: Path, resolution: int) -> Dataset:
+    """Pictures in a folder and the folders below it, each with its caption in a .txt beside it;
+    without any, the parquet files of the folder, which should hold them."""
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths and (tables := sorted(root.glob("*.parquet"))):
+        return open_parquet(str(root), tables, resolution)
     if not paths:
         raise DataError(f"no JPEG, PNG or WebP pictures in {root}")
     pictures, missing = [], []
@@ -165,6 +173,14 @@ def _parquet_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in part.to_pylist():
                 number += 1
                 yield f"{table}, row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{table} is not a whole parquet file: {error}") from None
+
+
+def _columns(table: Path) -> list[str]:
+    pa, pq = arrow()
+    try:
+        return list(pq.read_schema(table).names)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{table} is not a whole parquet file: {error}") from None
 

@@ -106,6 +106,10 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader's worker opens the indexes itself, instead of being sent them."""
+        return Shards, (self.name, self.shards, self.resolution)
+
     def place(self, index: int) -> str:
         """The shard that holds sample `index`."""
         return str(self.shards[bisect_right(self._ends, index)])

@@ -1,0 +1,112 @@
+"""Datasets by name (local folders stand for the hub's) and pictures inside parquet files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from unclip.data.dataset import fixed, open_dataset
+from unclip.errors import DataError
+
+LEVELS = [0, 60, 120, 180, 240]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def hub_style(folder: Path, **columns: Any) -> Path:
+    """Parquet as `push_to_hub` writes it, with the features in its metadata."""
+    columns = {
+        "image": [{"bytes": png(level), "path": None} for level in LEVELS],
+        "text": [f"level  {level}" for level in LEVELS],
+    } | columns
+    table = datasets.Dataset.from_dict(columns)
+    table = table.cast_column("image", datasets.Image(decode=False))
+    (folder / "data").mkdir(parents=True)
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    table.select([1]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    return folder
+
+
+def level_of(image: torch.Tensor) -> int:
+    return round((float(image[0, 4, 4]) + 1) * 127.5)
+
+
+def test_a_dataset_by_name_gives_every_row_of_its_split(tmp_path: Path) -> None:
+    dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd')}", 8)
+    samples = [fixed(dataset, i) for i in range(len(dataset))]
+    assert [level_of(sample.image) for sample in samples] == LEVELS
+    assert [sample.caption for sample in samples] == [f"level {level}" for level in LEVELS]
+    assert samples[0].image.shape == (3, 8, 8)
+    held_out = open_dataset(f"hf:{tmp_path / 'd'}:test", 8)
+    assert [fixed(held_out, i).caption for i in range(len(held_out))] == ["level 60"]
+
+
+def test_of_several_captions_one_is_drawn(tmp_path: Path) -> None:
+    captions = [[f"{level} a", f"{level} b", ""] for level in LEVELS]
+    dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd', text=captions)}", 8)
+    drawn = {dataset.get(1, torch.Generator().manual_seed(k)).caption for k in range(20)}
+    assert drawn == {"60 a", "60 b"}
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct"])
+def test_parquet_files_may_hold_the_pictures(tmp_path: Path, form: str) -> None:
+    """img2dataset's columns, and an image feature without its metadata."""
+    for number, part in enumerate((LEVELS[:3], LEVELS[3:])):
+        pictures = [png(level) for level in part]
+        column = pictures if form == "bytes" else [{"bytes": p, "path": "x"} for p in pictures]
+        table = pa.table({"caption": [str(level) for level in part], "jpg": column})
+        pq.write_table(table, tmp_path / f"0000{number}.parquet")
+    for spec in (
+        str(tmp_path),
+        str(tmp_path / "*.parquet"),
+        str(tmp_path / "{00000,00001}.parquet"),
+    ):
+        dataset = open_dataset(spec, 8)
+        samples = [fixed(dataset, i) for i in range(len(dataset))]
+        assert [(level_of(s.image), s.caption) for s in samples] == [(x, str(x)) for x in LEVELS]
+    assert len(open_dataset(str(tmp_path / "00001.parquet"), 8)) == 2
+
+
+def test_a_bad_row_has_another_stand_for_it(tmp_path: Path) -> None:
+    images = [{"bytes": png(level), "path": None} for level in [*LEVELS] * 60]
+    images[7] = {"bytes": b"no picture", "path": None}
+    columns = {"image": images, "text": ["x"] * 300}
+    dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd', **columns)}", 8)
+    with pytest.warns(UserWarning, match="row 7 is not a JPEG, PNG or WebP picture"):
+        assert fixed(dataset, 7).caption == "x"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hf:absent/name", "data 'hf:absent/name' can't be loaded: "),
+        ("hf:FOLDER:val", 'can\'t be loaded: Unknown split "val"'),
+        ("FOLDER/names.parquet", "has the columns picture, text; expected one with pictures"),
+        ("FOLDER/torn.parquet", "torn.parquet is not a whole parquet file"),
+    ],
+)
+def test_what_can_not_be_used_is_an_error(tmp_path: Path, spec: str, message: str) -> None:
+    folder = hub_style(tmp_path / "d")
+    pq.write_table(pa.table({"picture": ["a.png"], "text": ["x"]}), folder / "names.parquet")
+    (folder / "torn.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError) as raised:
+        open_dataset(spec.replace("FOLDER", str(folder)), 8)
+    assert message in str(raised.value)
