@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import tarfile
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from machine import MB, memory, reset_peak
 
 from unclip.clip import FrozenCLIP
 from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cache, write_cache
@@ -93,6 +98,33 @@ def measure_index(root: Path) -> dict[str, float]:
     return {"indexed": rate(lambda k: len(index_shard(shards[k % len(shards)]).entries))}
 
 
+def measure_many(root: Path, rows: int) -> dict[str, float]:
+    """Memory and seconds to open shards of so many samples, and to draw two batches from them.
+
+    One shard under a thousand names, its index taken each time and not read again.
+    """
+    shard = root / "many.tar"
+    dataset = open_dataset("shapes", 8)
+    write_tar(shard, dataset, 100, "PNG")
+    index = index_shard(shard)
+    index = replace(index, entries=np.tile(index.entries, rows // 100_000))
+    (root / "many").mkdir()
+    for number in range(1000):
+        os.link(shard, root / "many" / f"{number:04}.tar")
+    with (
+        patch.dict(os.environ, UNCLIP_CACHE=str(root / "indexes")),
+        patch("unclip.data.shards.index_shard", lambda path: index),
+    ):
+        open_dataset(str(root / "many"), 8)  # writes the indexes
+        before, began = memory("VmRSS"), time.perf_counter()
+        reset_peak()
+        many = open_dataset(str(root / "many"), 8)
+        stream = batches(many, batch=256, seed=0)
+        next(stream), next(stream)
+        seconds = time.perf_counter() - began
+    return {"rows": len(many), "MB": (memory("VmHWM") - before) / MB, "seconds": seconds}
+
+
 def measure_cache(root: Path, clip: FrozenCLIP, rows: int) -> dict[str, float]:
     """Embeddings written a second from pictures in memory; rows read a second, in random order."""
     plan = CachePlan("shapes", clip.image_size, 0, 1, rows, rows)
@@ -109,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--clip", default="weights/emoji", help="the encoder of the cache")
     parser.add_argument("--rows", type=int, default=4000, help="of the cache")
+    parser.add_argument("--many", type=int, default=10_000_000, help="samples to be opened at once")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.json"))
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -121,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["PNG, 64 px, in ten shards"] = measure_dirt(Path(folder)) | measure_index(
             Path(folder)
         )
+        many = measure_many(Path(folder), given.many)
         clip = FrozenCLIP.load(given.clip)
         result[f"embeddings, {clip.image_size} px"] = measure_cache(Path(folder), clip, given.rows)
         rows = [
@@ -129,8 +163,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for how, value in rates.items()
         ]
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(given.out, result)
+        write_json(given.out, {**result, "many": many})
         print(markdown_table(["what", "how", "a second, one core"], rows))
+        print(
+            f"\n{many['rows']:,.0f} samples in 1,000 shards: open, and two batches drawn, after "
+            f"{many['seconds']:.1f} s with {many['MB']:,.0f} MB."
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch.testing import assert_close
 
 from train.clip import ClipRun
@@ -21,6 +22,7 @@ from unclip.config import load_config
 from unclip.data.dataset import Sample, batches, open_dataset
 from unclip.data.images import resize
 from unclip.errors import ConfigError
+from unclip.folder import TensorFile
 from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.training.embeddings import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.tasks import (
@@ -30,6 +32,7 @@ from unclip.training.tasks import (
     PriorTask,
     UpsamplerRun,
     UpsamplerTask,
+    train_decoder,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -273,3 +276,31 @@ def test_accelerate_launch_trains_a_decoder_on_two_processes(model_folder, tmp_p
     assert lines[-1]["step"] == 2
     assert lines[-1]["processes"] == 2
     assert (out / "checkpoints" / "step-2" / "decoder" / "model.safetensors").is_file()
+
+
+def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_path):
+    def train(name, steps, *more):
+        options = [f"train.out={tmp_path / name}", f"train.steps={steps}", "train.save_every=3"]
+        options += ["train.log_every=1", "train.decay=constant", "train.precision=fp32"]
+        options += ["sampling.steps=2", "data.train=shapes:val"]
+        run = tiny("decoder", model_folder, *options, *more)
+        torch.manual_seed(run.train.seed)
+        return train_decoder(run, Accelerator(cpu=True))
+
+    straight = train("straight", 6, "train.optimizer=adamw8bit")
+    train("parts", 3, "train.optimizer=adamw8bit")
+    parts = train("parts", 6, "train.optimizer=adamw8bit")
+    for path in (straight / "training").iterdir():
+        assert path.read_bytes() == (parts / "training" / path.name).read_bytes(), path
+    moments = TensorFile(straight / "training" / "optimizer.safetensors")
+    large = [name for name, x in moments.items() if name.startswith("state1") and x.numel() >= 4096]
+    assert large
+    assert all(moments[name].dtype == torch.uint8 for name in large)
+
+    train("whole", 6)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("straight", "whole")
+    ]
+    assert losses[0] != losses[1]
+    assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.01, atol=0)

@@ -378,6 +378,16 @@ def test_another_configuration_needs_another_folder(tmp_path: Path) -> None:
         run(config(tmp_path, {"dropout": 0.5}))
 
 
+def test_a_setting_that_an_older_run_does_not_know_has_its_default_there(tmp_path: Path) -> None:
+    run(config(tmp_path, steps=5))
+    text = (tmp_path / "config.yaml").read_text()
+    assert "  optimizer: adamw\n" in text
+    (tmp_path / "config.yaml").write_text(text.replace("  optimizer: adamw\n", ""))
+    assert run(config(tmp_path)).name == "step-12"
+    with pytest.raises(ConfigError, match=r"train\.optimizer = 'adamw', not 'adamw8bit'"):
+        run(config(tmp_path, optimizer="adamw8bit"))
+
+
 def test_length_and_intervals_may_change(tmp_path: Path) -> None:
     run(config(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")

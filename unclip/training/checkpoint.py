@@ -183,7 +183,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {
-        f"{key}.{name}": value
+        f"{key}.{name}": torch.as_tensor(value)
         for name, param in state.model.named_parameters()
         for key, value in state.optimizer.state.get(param, {}).items()
     }
@@ -197,6 +197,9 @@ def _load_optimizer(path: Path, state: TrainState) -> None:
             raise CheckpointError(f"{path} holds {full_name}, but the model has no {name}")
         param = params[name]
         # Moments get their parameter's memory format back; the file holds contiguous copies.
+        if saved.ndim == 0 and saved.dtype == torch.int64:  # a plain count
+            state.optimizer.state[param][key] = int(saved)
+            continue
         value = torch.empty_like(param) if saved.shape == param.shape else torch.empty_like(saved)
         value = value.to(param.device, saved.dtype).detach()
         put(value, saved)

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unclip.config import Config
-from unclip.errors import DivergedError
+from unclip.errors import ConfigError, DivergedError
 from unclip.randomness import generator
 from unclip.training import sharding
 from unclip.training.checkpoint import (
@@ -50,6 +51,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     clip_grad: float | None = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -98,15 +100,33 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices and kernels, not on gains and biases."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay acts on matrices and kernels, not on gains and biases.
+
+    `adamw8bit` keeps its moments in a byte each (Dettmers et al. 2021), those of small tensors
+    excepted.
+
+    **Raises**: `ConfigError` if that is asked for without bitsandbytes, or of a sharded model.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+    if any(isinstance(p, DTensor) for p in params):
+        raise ConfigError("train.optimizer = adamw8bit can't be shared out; use adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
+        ) from None
+    for p in params:
+        p.data = p.data.contiguous()  # it does so itself, but at the first step
+    return AdamW8bit(groups, config.lr, config.betas, config.eps)
 
 
 def fit(

@@ -112,7 +112,7 @@ def plan(path: str | Path, overrides: list[str], gpus: int, shard: bool = False)
         micro_batch=micro,
         weights=4 * (trained + frozen) // share,
         gradients=4 * trained // share,
-        optimizer=8 * trained // share,
+        optimizer=(8 if run.train.optimizer == "adamw" else 2) * trained // share,
         ema=4 * trained // share,
         # Two units' weights, because the next one is fetched ahead, and one's gradients.
         gathered=12 * largest_unit(network) if shard and gpus > 1 else 0,

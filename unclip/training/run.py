@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from unclip import folder as files
-from unclip.config import Config, read_yaml, save_config
+from unclip.config import Config, parse_config, read_yaml, save_config
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 
 # What may differ between a run and its continuation.
@@ -33,12 +33,14 @@ def open_run(run: Path, resolved: Config) -> Path | None:
     if newest is not None:
         if not saved.is_file():
             raise CheckpointError(f"{run} has checkpoints but no config.yaml")
-        _check_same(_flat(read_yaml(saved)), _flat(resolved.model_dump(mode="json")), run)
+        before = parse_config(read_yaml(saved), type(resolved), str(saved))  # with new defaults
+        _check_same(before, resolved, run)
     save_config(resolved, saved)
     return newest
 
 
-def _check_same(saved: dict[str, Any], given: dict[str, Any], run: Path) -> None:
+def _check_same(before: Config, resolved: Config, run: Path) -> None:
+    saved, given = (_flat(config.model_dump(mode="json")) for config in (before, resolved))
     for key in [*given, *(set(saved) - set(given))]:
         if key in {f"train.{free}" for free in FREE_KEYS}:
             continue
