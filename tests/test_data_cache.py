@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +27,16 @@ from unclip.clip import FrozenCLIP
 from unclip.data.cache import (
     CachePlan,
     EmbeddingCache,
+    Joined,
     begin_cache,
     finish_cache,
     write_cache,
 )
-from unclip.data.dataset import batches, open_dataset
+from unclip.data.dataset import batches, fixed, open_dataset
+from unclip.data.images import to_pil
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.randomness import generator
-from unclip.training.tasks import PriorRun, PriorTask, train_prior
+from unclip.training.tasks import PriorRun, PriorTask, train_decoder, train_prior
 
 ROOT = Path(__file__).parents[1]
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
@@ -133,6 +138,75 @@ def test_the_prior_learns_the_same_from_a_cache_as_from_pictures(
         batch = next(batches(opened, batch=8, seed=0))
         losses.append(task.loss(task.model.eval(), batch, 0)["loss"])
     assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)
+
+
+def pictures_and_cache(
+    folder: Path, clip: FrozenCLIP, side: int = 16, cached: tuple[int, ...] = (6, 2, 4, 0, 5, 1, 3)
+) -> tuple[str, Path]:
+    """A tar shard of 8 pictures, and a cache of some in another order."""
+    shard = folder / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i in range(8):
+            shape = open_dataset("shapes:val", side).get(i, generator(0, "", i))
+            file = io.BytesIO()
+            to_pil(shape.image).save(file, "PNG")
+            for suffix, data in (("png", file.getvalue()), ("txt", shape.caption.encode())):
+                member = tarfile.TarInfo(f"00{i}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    dataset = open_dataset(str(shard), side)
+    samples = [fixed(dataset, i) for i in cached]
+    z = clip.encode_image(torch.stack([sample.image for sample in samples]))
+    for name in ("img_emb", "metadata"):
+        (folder / "cache" / name).mkdir(parents=True)
+    np.save(folder / "cache" / "img_emb" / "img_emb_0.npy", z.float().numpy())
+    table = {"key": [s.key for s in samples], "caption": [s.caption for s in samples]}
+    pq.write_table(pa.table(table), folder / "cache" / "metadata" / "metadata_0.parquet")
+    return str(shard), folder / "cache"
+
+
+@pytest.mark.parametrize("keys", ["ours", "img2dataset's"])
+def test_pictures_find_their_embeddings_by_key(tmp_path: Path, clip: FrozenCLIP, keys: str) -> None:
+    spec, root = pictures_and_cache(tmp_path, clip)
+    if keys != "ours":
+        path = root / "metadata" / "metadata_0.parquet"
+        table = pq.read_table(path).to_pydict()
+        table["key"] = [key.rpartition(":")[2] for key in table["key"]]
+        assert table["key"][0] == "006"
+        pq.write_table(pa.table(table), path)
+    joined = Joined(open_dataset(spec, 16), EmbeddingCache(root))
+    assert len(joined) == 8
+    for dataset in (joined, pickle.loads(pickle.dumps(joined))):
+        for i in range(7):
+            sample = fixed(dataset, i)
+            assert sample.embed is not None
+            assert_close(sample.embed, clip.encode_image(sample.image[None])[0].float())
+    with pytest.raises(DataError, match=r"0\.tar:007 has no embedding in .*cache"):
+        fixed(joined, 7)
+
+
+def test_the_decoder_learns_the_same_with_embeddings_from_a_cache(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    clip = FrozenCLIP.load(str(model_folder))
+    spec, root = pictures_and_cache(tmp_path, clip, 32, (6, 2, 7, 4, 0, 5, 1, 3))
+    steps = ["train.steps=4", "train.log_every=1", "sampling.steps=2", "train.precision=fp32"]
+
+    def losses(name: str, *more: str) -> torch.Tensor:
+        out = f"train.out={tmp_path / name}"
+        run = tiny("decoder", model_folder, f"data.train={spec}", *steps, out, *more)
+        torch.manual_seed(0)
+        train_decoder(run, Accelerator(cpu=True))
+        log = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return torch.tensor([json.loads(line)["loss"] for line in log])
+
+    made, cached = losses("made"), losses("cached", f"embeddings={root}")
+    assert_close(made, cached, rtol=1e-4, atol=1e-5)
+    array = root / "img_emb" / "img_emb_0.npy"
+    np.save(array, np.load(array)[::-1])  # each picture with another's embedding
+    assert not torch.allclose(made, losses("others", f"embeddings={root}"), rtol=1e-4)
+    with pytest.raises(CheckpointError, match="of width 16, but the CLIP encoder other"):
+        EmbeddingCache(root).check_encoder(SimpleNamespace(width=8), "other")  # type: ignore[arg-type]
 
 
 def test_the_prior_trains_from_a_cache_alone(

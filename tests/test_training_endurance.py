@@ -58,8 +58,9 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def written(log: Path) -> int:
-    """The last step in a run's log."""
-    lines = log.read_text().splitlines() if log.is_file() else []
+    """The last step in a run's log, of which a line may be half written."""
+    whole = log.read_text().rpartition("\n")[0] if log.is_file() else ""
+    lines = whole.splitlines()
     return json.loads(lines[-1])["step"] if lines else 0
 
 

@@ -14,8 +14,8 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,16 @@ class EmbeddingCache:
         z = torch.from_numpy(self._arrays[shard][row].astype(np.float32))  # (D,)
         if not bool(z.isfinite().all()):
             raise DataError(f"{self.root}: row {row} of shard {shard} is not finite")
-        return Sample(z, self._captions[index].as_py() or "", str(self._keys[index].as_py()))
+        return Sample(z, self._captions[index].as_py() or "", self.key(index))
+
+    def key(self, row: int) -> str:
+        """The key of one row."""
+        return str(self._keys[int(row)].as_py())
+
+    def all_keys(self) -> Iterator[str]:
+        """The keys of all rows, in order."""
+        for chunk in self._keys.chunks:
+            yield from map(str, chunk.to_pylist())
 
     def check_encoder(self, clip: FrozenCLIP, name: str) -> None:
         """**Raises**: `CheckpointError` if another encoder made the embeddings."""
@@ -212,6 +221,39 @@ class EmbeddingCache:
                 f"{self.root} has embeddings of width {self.width}, but the CLIP encoder {name} "
                 f"makes them of width {clip.width}"
             )
+
+
+class Joined:
+    """Pictures with their embeddings out of a cache, found by key.
+
+    Its keys are those that the dataset gives, as `train/embed.py` writes them, or img2dataset's:
+    the name of a sample without its shard. Of rows with one key, the first counts.
+    """
+
+    def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
+        self.name, self.dataset, self.cache = dataset.name, dataset, cache
+        hashes = np.fromiter((hash(key) for key in cache.all_keys()), np.int64, len(cache))
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._rows]  # 16 bytes a row with the line before
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Joined, (self.dataset, self.cache)  # strings hash differently in a new process
+
+    def get(self, index: int, generator: torch.Generator) -> Sample:
+        """Picture `index` with its embedding. **Raises**: `DataError` if the cache has none."""
+        sample = self.dataset.get(index, generator)
+        for key in (sample.key, sample.key.rpartition(":")[2]):
+            row = self._row(key)
+            if row is not None:
+                return replace(sample, embed=self.cache.get(row, generator).image)
+        raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
+
+    def _row(self, key: str) -> int | None:
+        first, end = (np.searchsorted(self._hashes, hash(key), side) for side in ("left", "right"))
+        return next((int(row) for row in self._rows[first:end] if self.cache.key(row) == key), None)
 
 
 class _Numbered(TorchDataset[Sample]):

@@ -31,14 +31,15 @@ MAX_BAD = 0.05  # the share of samples, or shards, that may be unusable
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture, or from a cache its embedding.
+    """One captioned picture, or from a cache its embedding, or both.
 
-    **Shapes**: image (3, R, R) float32 in [-1, 1], or (D,) float32.
+    **Shapes**: image (3, R, R) float32 in [-1, 1], or (D,) float32; embed (D,) float32.
     """
 
     image: Tensor
     caption: str
     key: str
+    embed: Tensor | None = None
 
 
 class Dataset(Protocol):
@@ -67,19 +68,22 @@ class DataConfig(Config):
 @dataclass(frozen=True)
 class Batch:
     """**Shapes**: images (B, 3, H, W) float32 in [-1, 1], or (B, D) embeddings from a cache; ids
-    (B,) int64 global sample ids."""
+    (B,) int64 global sample ids; embeds (B, D) of pictures that come with them."""
 
     images: Tensor
     captions: list[str]
     ids: Tensor
     keys: list[str]
+    embeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str) -> Batch:
         """The images on another device; ids stay on the CPU, where random numbers are drawn."""
-        return replace(self, images=self.images.to(device, non_blocking=True))
+        images = self.images.to(device, non_blocking=True)
+        embeds = None if self.embeds is None else self.embeds.to(device, non_blocking=True)
+        return replace(self, images=images, embeds=embeds)
 
 
 class Tolerant:
@@ -309,9 +313,11 @@ def _collate(items: list[Any]) -> Batch | DataError:
     if errors:
         return errors[0]
     samples = [sample for _, sample in items]
+    embeds = [sample.embed for sample in samples if sample.embed is not None]
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         captions=[sample.caption for sample in samples],
         ids=torch.tensor([g for g, _ in items]),
         keys=[sample.key for sample in samples],
+        embeds=torch.stack(embeds) if embeds else None,
     )

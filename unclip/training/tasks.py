@@ -21,8 +21,17 @@ from unclip import randomness
 from unclip.clip import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config
-from unclip.data.cache import EmbeddingCache, as_embeddings
-from unclip.data.dataset import Batch, DataConfig, Dataset, batches, fixed, is_cache, open_dataset
+from unclip.data.cache import EmbeddingCache, Joined, as_embeddings
+from unclip.data.dataset import (
+    Batch,
+    DataConfig,
+    Dataset,
+    Tolerant,
+    batches,
+    fixed,
+    is_cache,
+    open_dataset,
+)
 from unclip.data.degradations import blur, bsr
 from unclip.data.images import grid, resize, to_pil
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
@@ -66,11 +75,14 @@ class PriorRun(Config):
 class DecoderRun(Config):
     """A training run of the decoder; `clip` names the frozen encoder.
 
-    `jitter` moves the image embeddings off the data (see `jittered`), each by another share of it.
+    `embeddings` is a cache that has those of the training pictures by key (`train/embed.py`), which
+    else the encoder makes at every step. `jitter` moves the image embeddings off the data (see
+    `jittered`), each by another share of it.
     """
 
     clip: str
     data: DataConfig
+    embeddings: str | None = None
     model: DecoderConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
@@ -177,7 +189,7 @@ class DecoderTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids = batch.ids
-        cond = self._jittered(self._cond(batch.images, batch.captions), ids)
+        cond = self._jittered(self._cond(batch.images, batch.captions, batch.embeds), ids)
         cond = cond.drop(
             self.clip.null_text,
             drop_image=_drop(self.run, "image", ids, batch.images),
@@ -200,10 +212,10 @@ class DecoderTask:
         """Write the stage in the model-folder format."""
         self.stage.save(folder, tensors)
 
-    def _cond(self, images: Tensor, captions: list[str]) -> Cond:
+    def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
         reads_text = self.run.model.text_width is not None
         return Cond(
-            image_embed=self.clip.encode_image(images).float(),
+            image_embed=self.clip.encode_image(images).float() if z_image is None else z_image,
             text=self.clip.encode_text(captions) if reads_text else None,
         )
 
@@ -285,6 +297,10 @@ def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
     dataset, clip = _open(run), FrozenCLIP.load(run.clip, accelerator.device)
+    if run.embeddings is not None:
+        cache = EmbeddingCache(Path(run.embeddings))
+        cache.check_encoder(clip, run.clip)
+        dataset = Tolerant(Joined(dataset, cache))
     task = DecoderTask(run, clip)
 
     def begin() -> None:
