@@ -108,4 +108,4 @@ def test_a_model_with_a_single_number_can_not_be_shared_out() -> None:
     model = torch.nn.Linear(2, 2)
     model.scale = torch.nn.Parameter(torch.tensor(1.0))  # CLIP's logit scale is one
     with pytest.raises(ConfigError, match=r"scale of this model .*ddp_8"):
-        sharding.shard(model, Accelerator(cpu=True))
+        sharding.shard(Accelerator(cpu=True), model)

@@ -106,7 +106,7 @@ class ClipTask:
         """Similarity of validation pictures (rows) and captions; retrieval goes to val.jsonl."""
         if self.val is None:
             return None
-        clip = self._frozen(model)
+        clip = self._frozen(copy.deepcopy(model))
         samples = [self.val.get(i, randomness.generator(0, "val", i)) for i in range(len(self.val))]
         z_image = torch.cat(
             [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
@@ -132,7 +132,7 @@ class ClipTask:
         self._frozen(model).save(folder)
 
     def _frozen(self, model: nn.Module) -> FrozenCLIP:
-        towers = OpenClipTowers(copy.deepcopy(model), self.tokenizer, self.model_config)
+        towers = OpenClipTowers(model, self.tokenizer, self.model_config)
         size = self.model_config.vision_cfg.image_size
         preprocess = PreprocessConfig(size=size, mean=HALF, std=HALF)
         return FrozenCLIP(towers, preprocess, self.config.name)

@@ -159,7 +159,8 @@ def fit(
         if config.compile:
             task.model.compile()  # in place: keys keep their names
         spread = accelerator.num_processes > 1 and sharding.asked()
-        wrapped = (sharding.shard if spread else _copied)(task.model, accelerator)
+        wrap = sharding.shard if spread else Accelerator.prepare_model
+        wrapped = wrap(accelerator, task.model)
         state = TrainState(
             task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
         )
@@ -184,11 +185,6 @@ def fit(
         saved = trainer.saved or newest
         assert saved is not None, "steps >= 1 always ends in a checkpoint"
         return saved
-
-
-def _copied(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Each process has the whole model (DDP, where there are several)."""
-    return accelerator.prepare_model(model)
 
 
 @dataclass

@@ -50,7 +50,7 @@ def hidden() -> Iterator[None]:
             os.environ[ASKED] = value
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Spread a model over the processes, with rank 0's values; each of its blocks is whole only
     while it runs.
 
