@@ -100,6 +100,7 @@ def test_a_bad_row_has_another_stand_for_it(tmp_path: Path) -> None:
         ("hf:absent/name", "data 'hf:absent/name' can't be loaded: "),
         ("hf:FOLDER:val", 'can\'t be loaded: Unknown split "val"'),
         ("FOLDER/names.parquet", "has the columns picture, text; expected one with pictures"),
+        ("FOLDER/{names,more}.parquet", "more.parquet is not there"),
         ("FOLDER/torn.parquet", "torn.parquet is not a whole parquet file"),
     ],
 )

@@ -48,10 +48,12 @@ def open_path(spec: str, resolution: int) -> Dataset:
         return Files(spec, _read_table(path), resolution)
     parts = {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
+    missing = [part for part, names in parts.items() if not names]
     if found and all(shard.suffix == ".tar" for shard in found):
-        missing = [part for part, names in parts.items() if not names]
         return Shards(spec, found, resolution, missing)
     if found and all(table.suffix == ".parquet" for table in found):
+        if missing:
+            raise DataError(f"data {spec!r}: {missing[0]} is not there")
         return open_parquet(spec, found, resolution)
     if found:
         raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
