@@ -146,7 +146,7 @@ def test_the_verb_plans_a_configuration(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as ended:
         main(["plan", config, "--gpus", "7"])
     assert ended.value.code == 2
-    assert "must be a multiple of 7" in capsys.readouterr().err
+    assert "must be a multiple of train.accumulate x processes = 1 x 7" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(CONFIGS / "emoji" / "clip.yaml")])
     assert ended.value.code == 2

@@ -203,6 +203,17 @@ def is_cache(spec: str) -> bool:
     return (Path(spec) / "img_emb").is_dir()
 
 
+def micro_batch(batch: int, accumulate: int, world: int) -> int:
+    """A process's samples at a time. **Raises**: `ConfigError` when the batch can't be divided."""
+    per, left = divmod(batch, accumulate * world)
+    if left or per == 0:
+        raise ConfigError(
+            f"train.batch = {batch} must be a multiple of train.accumulate x processes = "
+            f"{accumulate} x {world}"
+        )
+    return per
+
+
 def batches(
     dataset: Dataset,
     *,
@@ -222,12 +233,7 @@ def batches(
 
     **Raises**: `ConfigError` when the batch can't be divided or the crop is too large.
     """
-    per, left = divmod(batch, accumulate * world)
-    if left or per == 0:
-        raise ConfigError(
-            f"train.batch = {batch} must be a multiple of train.accumulate x processes = "
-            f"{accumulate} x {world}"
-        )
+    micro_batch(batch, accumulate, world)
     if len(dataset) == 0:
         raise DataError(f"{dataset.name} holds no pictures")
     loader = DataLoader(
@@ -265,7 +271,7 @@ class _Slots:
     accumulate: int
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per = self.batch // (self.accumulate * self.world)
+        per = micro_batch(self.batch, self.accumulate, self.world)
         step = self.start_step
         while True:
             for micro in range(self.accumulate):

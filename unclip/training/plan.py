@@ -26,6 +26,7 @@ from torch.utils.flop_counter import (
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
+from unclip.data.dataset import micro_batch
 from unclip.errors import ConfigError
 from unclip.evaluation import markdown_table
 from unclip.stages import NETWORKS
@@ -93,12 +94,7 @@ def plan(path: str | Path, overrides: list[str], gpus: int, shard: bool = False)
     """
     run = _load(path, overrides)
     train = run.train
-    if train.batch % (train.accumulate * gpus):
-        raise ConfigError(
-            f"train.batch = {train.batch} must be a multiple of {train.accumulate * gpus} "
-            f"(train.accumulate = {train.accumulate} times {gpus} GPUs)"
-        )
-    micro = train.batch // (train.accumulate * gpus)
+    micro = micro_batch(train.batch, train.accumulate, gpus)
     config = run.model.model_dump()
     asked = any(_checkpointing(config))
     plain, again = (step_needs(run, micro, on) for on in (False, True))
