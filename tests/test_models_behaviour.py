@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import DataError
 from unclip.models.decoder import Decoder, DecoderConfig, LayoutConfig
-from unclip.models.layers import DraftConfig, EmbeddingScale, ScaleConfig
+from unclip.models.layers import SHORT, DraftConfig, EmbeddingScale, ScaleConfig, attention
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNetConfig, upsampled_conv
@@ -512,3 +512,22 @@ def test_a_draft_is_made_once_from_the_text_embedding_alone() -> None:
     assert_close(model(x_t, t, cond), cache.draft)  # with all of the share nothing else counts
     trained = {name for name, p in model.draft.named_parameters() if p.requires_grad}
     assert trained == {"gate.weight", "gate.bias"}
+
+
+@pytest.mark.parametrize("keys", [20, SHORT + 1])
+def test_low_precision_attention_is_close_and_leaves_masked_keys_out(keys: int) -> None:
+    """Few keys go another way on CPUs while gradients are recorded."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g) for n in (10, keys, keys))
+    mask = (torch.rand(2, 1, 1, keys, generator=g) < 0.7).index_fill(3, torch.tensor(0), True)
+    out = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        y = attention(*inputs, mask)
+        y.float().square().sum().backward()
+        out[dtype] = [y.detach(), *(x.grad for x in inputs)]
+        assert y.dtype == dtype
+        for gradient in out[dtype][2:]:
+            assert not gradient.masked_select(~mask.movedim(3, 2)).any()
+    for low, whole in zip(out[torch.bfloat16], out[torch.float32], strict=True):
+        assert_close(low.float(), whole, rtol=0.05, atol=0.05)
