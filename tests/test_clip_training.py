@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.clip import AugmentConfig, ClipRun, drop_words, place
-from unclip.clip import FrozenCLIP
+from unclip.clip.contrastive import contrastive_loss, retrieval_rank
+from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
-from unclip.contrastive import contrastive_loss, retrieval_rank
+from unclip.training.clip import AugmentConfig, ClipRun, drop_words, place
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = """
