@@ -21,7 +21,7 @@ from unclip.training.clip import AugmentConfig, ClipRun, drop_words, place
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
-from unclip.contrastive import contrastive_loss
+from unclip.clip.contrastive import contrastive_loss
 dist.init_process_group("gloo")
 rank, data = dist.get_rank(), torch.load(sys.argv[1], weights_only=True)
 mine = slice(rank * 4, rank * 4 + 4)
