@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.files.folder import write_stage
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
 from unclip.training.sharding import part
+from unclip.training.task import load_weights
 
 
 class TinyConfig(Config):
@@ -82,8 +83,11 @@ class TinyTask:
         level = int(model(torch.ones(1, 4)).sigmoid() * 255)
         return Image.new("L", (2, 2), level)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        write_stage(folder, self.name, {"width": 8}, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {"width": 8}
+
+    def start_from(self, path: str) -> None:
+        load_weights(self.model, self.name, path)
 
 
 def stream(config: TinyConfig, start: int, rank: int = 0, world: int = 1) -> Iterator[TinyBatch]:

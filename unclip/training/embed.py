@@ -18,6 +18,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
+from unclip.precision import default_dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
         state = PartialState(cpu=not torch.accelerator.is_available())
-        clip = FrozenCLIP.load(given.clip, state.device)
+        if state.device.type != "cpu":
+            torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+        clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
         dataset = open_dataset(given.data, resolution)
         total = len(dataset) * given.rounds

@@ -27,7 +27,6 @@ from unclip.training.checkpoint import (
     TrainState,
     gathered,
     load_checkpoint,
-    load_init,
     save_checkpoint,
 )
 from unclip.training.ema import EMA
@@ -71,13 +70,14 @@ class Batch(Protocol):
 
 
 class Task(Protocol):
-    """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
+    """What is trained. `name` is a stage's, and `describe` gives its `config.json`; `start_from`
+    takes over the weights of the same stage in a folder, a run or a hub id.
 
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
-    ids. `preview` draws with fixed seeds, on every process. `save` gets tensors by the names of
-    `model.state_dict()` and keeps these.
+    ids. `preview` draws with fixed seeds, on every process. `describe` gets the tensors that are
+    saved, by the names of `model.state_dict()`.
     """
 
     name: str
@@ -87,7 +87,9 @@ class Task(Protocol):
 
     def preview(self, model: nn.Module) -> Image.Image | None: ...
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None: ...
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]: ...
+
+    def start_from(self, path: str) -> None: ...
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -140,9 +142,9 @@ def fit(
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
-    each step, without end. `begin` prepares the model of a run that starts from nothing: every
-    process calls it, and wrapping the model gives all of them the first one's. SIGTERM, SIGUSR1 or
-    SIGINT saves after the current step and returns.
+    each step, without end. `begin` prepares the model of a run that starts from nothing, where it
+    will train; the first process does that, and wrapping the model gives all of them what is there.
+    SIGTERM, SIGUSR1 or SIGINT saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
@@ -151,10 +153,11 @@ def fit(
     run = Path(config.out)
     with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
+        task.model.to(accelerator.device)
         if newest is None and config.init is not None:
-            load_init(task, task.model, config.init)
+            task.start_from(config.init)
         elif newest is None and begin is not None:
-            begin()
+            on_main(accelerator, begin)
         task.model.train()
         if config.compile:
             task.model.compile()  # in place: keys keep their names

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -14,15 +14,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error
 from unclip.training import sharding
-from unclip.training.fit import TrainConfig
-
-
-class Trains(Protocol):
-    """A configuration with a train section."""
-
-    @property
-    def train(self) -> TrainConfig: ...
-
 
 C = TypeVar("C", bound=Config)
 
