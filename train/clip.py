@@ -151,7 +151,7 @@ class ClipTask:
         rank = retrieval_rank(z_image, z_text)
         scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
         if isinstance(self.model, AidedCLIP) and self.model.head is not None:
-            x = torch.stack([s.image for s in samples]).to(z_image.device)
+            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
             scores["restored"] = round(self.model.error(z_image, x).mean().item(), 4)
         line = json.dumps({"step": self.step, **scores, "n": len(rank)})
         if PartialState().is_main_process:
