@@ -37,7 +37,7 @@ class TeacherConfig(Config):
     words: int = Field(default=10_000, ge=0)
     """The first of the words that both CLIP's and the teacher's vocabulary hold whole, in the
     order of CLIP's merges: about that of their frequency on the web."""
-    phrases: list[str] = ["{}", "a {}"]
+    phrases: tuple[str, ...] = ("{}", "a {}")
     """Wordings of each word; the second brace of one is filled with another word."""
     weight: float = Field(default=1.0, ge=0)
     """Of the pictures' contrast with the teacher's sentences, next to that with the text tower."""
@@ -46,10 +46,10 @@ class TeacherConfig(Config):
 
     @field_validator("phrases")
     @classmethod
-    def _slots(cls, phrases: list[str]) -> list[str]:
+    def _slots(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
         for phrase in phrases:
-            if phrase.count("{}") not in (1, 2) or phrase.replace("{}", "").strip("{}") == "{":
-                raise ValueError(f"{phrase!r} must have one or two places {{}} for a word")
+            if phrase.count("{}") not in (1, 2) or set("{}") & set(phrase.replace("{}", "")):
+                raise ValueError(f"{phrase!r} must have {{}} for a word, or twice")
         return phrases
 
 
