@@ -22,15 +22,17 @@ import numpy as np
 import torch
 from machine import MB, memory, reset_peak
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cache, write_cache
-from unclip.data.dataset import Dataset, batches, open_dataset
 from unclip.data.degradations import bsr
-from unclip.data.images import to_pil
+from unclip.data.open import open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import Dataset
 from unclip.data.shards import index_shard
 from unclip.errors import exit_on_error
 from unclip.evaluation import markdown_table
-from unclip.folder import write_json
+from unclip.files.disk import write_json
+from unclip.images import to_pil
 from unclip.randomness import generator
 
 SECONDS = 3.0  # for each measurement

@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip import randomness
-from unclip.clip import FrozenCLIP, check_same_encoder
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import check_same_encoder
 from unclip.data.emoji import Emoji
-from unclip.data.images import from_array, grid, load_image, to_pil, to_tensor
 from unclip.errors import CheckpointError, ConfigError, exit_on_error
 from unclip.evaluation import (
     agreement,
@@ -41,9 +41,12 @@ from unclip.evaluation import (
     shift,
     upscale_again,
 )
-from unclip.folder import CONFIG, WEIGHTS, resolve_folder, write_json
+from unclip.files.disk import write_json
+from unclip.files.find import resolve_folder
+from unclip.files.folder import CONFIG, WEIGHTS
+from unclip.images import from_array, grid, load_image, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 
 RASTER_SIDE = 256  # the one raster set has no truth above
 CHUNK = 64  # pictures that are made, and saved, together

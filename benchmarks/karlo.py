@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from unclip.errors import exit_on_error
 from unclip.evaluation import markdown_table
-from unclip.folder import write_json
+from unclip.files.disk import write_json
 from unclip.interop.encoder import write_tokenizer
 from unclip.pipeline import UnCLIP
 

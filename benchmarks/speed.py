@@ -23,12 +23,13 @@ from machine import MB, machine_peak, memory, reset_peak
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import exit_on_error
 from unclip.evaluation import markdown_table
-from unclip.folder import resolve_folder, write_json
+from unclip.files.disk import write_json
+from unclip.files.find import resolve_folder
 from unclip.pipeline import UnCLIP
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 
 TEXT, PNG, REST = "clip text", "PNG write", "rest"
 

@@ -22,26 +22,22 @@ from machine import MB, machine_peak
 from torch import Tensor
 from training_worker import commanded
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, load_config, parse_config
-from unclip.data.dataset import Batch, open_dataset
-from unclip.data.images import resize
+from unclip.data.open import open_dataset
+from unclip.data.sample import Batch
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import exit_on_error
 from unclip.evaluation import markdown_table
-from unclip.folder import write_json
+from unclip.files.disk import write_json
+from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.plan import flop_counter
-from unclip.training.tasks import (
-    DecoderRun,
-    DecoderTask,
-    PriorRun,
-    PriorTask,
-    UpsamplerRun,
-    UpsamplerTask,
-)
+from unclip.training.prior import PriorRun, PriorTask
+from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -155,7 +151,10 @@ class Resolved(Config):
 
 def emoji(name: str) -> tuple[Any, Any]:
     """A stage of the shipped model as it trains, and its configuration; weights are new."""
-    from train.clip import ClipRun, ClipTask  # found by the workers only: it isn't installed
+    from unclip.training.clip import (  # found by the workers only: it isn't installed
+        ClipRun,
+        ClipTask,
+    )
 
     schema = {"clip": ClipRun, "prior": PriorRun, "decoder": DecoderRun}.get(name, UpsamplerRun)
     run: Any = load_config(ROOT / "configs" / "emoji" / f"{name}.yaml", [], schema)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from parity import randomise
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.preprocessing import PreprocessConfig
+from unclip.clip.towers import (
+    BpeTokenizer,
+    ClipConfig,
+    OpenClipTowers,
+    TextConfig,
+    VisionConfig,
+    build_clip,
+    vocabulary_of,
+)
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.models.decoder import Decoder, DecoderConfig
@@ -18,17 +28,7 @@ from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.pipeline import UnCLIP
-from unclip.preprocessing import PreprocessConfig
-from unclip.stages import Stage
-from unclip.towers import (
-    BpeTokenizer,
-    ClipConfig,
-    OpenClipTowers,
-    TextConfig,
-    VisionConfig,
-    build_clip,
-    vocabulary_of,
-)
+from unclip.stages.stage import Stage
 
 WIDTH, CONTEXT = 16, 12
 WORDS = ["a red apple", "a blue square and two green circles"]

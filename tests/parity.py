@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.folder import load_tensors
+from unclip.files.tensors import load_tensors
 from unclip.interop.names import Names, Renamed, to_diffusers
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from unclip.cli import main
-from unclip.data.images import to_tensor
-from unclip.output import free_path, slug
-from unclip.shell import default_model
-from unclip.summary import model_hash
+from unclip.cli.output import free_path, slug
+from unclip.cli.shell import default_model
+from unclip.cli.summary import model_hash
+from unclip.images import to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def test_text_writes_pictures_a_sheet_and_how_they_were_made(run, tmp_path, pipe
 
 
 def test_several_prompts_are_prompt_major_and_drawn_in_batches(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip.stages.CHUNK_PIXELS", 3 * 16**2)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 3 * 16**2)
     prompts = ["a red apple", "zwei Äpfel"]
     code, out, _ = run("text", *prompts, "--n", 2, "--size", 16, "--out", tmp_path)
     names = [Path(line).name for line in out.splitlines()]
@@ -100,7 +100,7 @@ def test_what_is_ready_stays_when_a_later_batch_fails(run, tmp_path, monkeypatch
         return draw(self, prompt, seed=seed, **options)
 
     monkeypatch.setattr(UnCLIP, "text_to_image", fails_later)
-    monkeypatch.setattr("unclip.stages.CHUNK_PIXELS", 1)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 1)
     code, out, _ = run("text", "a red apple", "--n", 3, "--size", 16, "--out", tmp_path)
     assert code == 3 and Path(out.strip()).is_file()
 
@@ -180,7 +180,7 @@ def test_assemble_collects_runs_into_a_model(run, tmp_path, pipe, model_folder):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-10"
     checkpoint.mkdir(parents=True)
     pipe.decoder.save(checkpoint)
-    from unclip.folder import write_manifest
+    from unclip.files.checkpoints import write_manifest
 
     write_manifest(checkpoint)
     out = tmp_path / "built"
@@ -244,14 +244,14 @@ def test_a_missing_model_exits_4(run, tmp_path):
 
 
 def test_missing_shipped_weights_are_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip.shell.__file__", str(tmp_path / "unclip" / "shell.py"))
+    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
     code, _, err = run("text", "x", "--out", tmp_path / "o", model=None)
     assert code == 4 and "--model" in err and str(Path("weights/emoji")) in err
 
 
 @pytest.mark.parametrize("place", ["unclip/weights/emoji", "weights/emoji"])
 def test_shipped_weights_are_found_in_a_wheel_and_in_a_clone(tmp_path, monkeypatch, place):
-    monkeypatch.setattr("unclip.shell.__file__", str(tmp_path / "unclip" / "shell.py"))
+    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "unclip.json").write_text("{}")
     assert default_model() == tmp_path / place

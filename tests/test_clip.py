@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.clip import (
-    PROBE_TEXTS,
-    FrozenCLIP,
-    check_same_encoder,
-)
-from unclip.data.images import to_pil
-from unclip.errors import CheckpointError, ConfigError
-from unclip.preprocessing import PreprocessConfig
-from unclip.towers import (
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import PROBE_TEXTS, check_same_encoder
+from unclip.clip.preprocessing import PreprocessConfig
+from unclip.clip.towers import (
     BPE_IDS,
     END,
     START,
@@ -32,6 +27,8 @@ from unclip.towers import (
     build_clip,
     vocabulary_of,
 )
+from unclip.errors import CheckpointError, ConfigError
+from unclip.images import to_pil
 
 CAPTIONS = ["a red apple", "", "Two dogs, playing in the SNOW!", "word " * 60]
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -318,7 +315,7 @@ def test_tensor_and_pil_preprocessing_agree() -> None:
     """Resizing tensors and resizing with PIL differ by the 8-bit rounding only."""
     clip = small_clip()
     image = Image.effect_mandelbrot((60, 90), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    from unclip.data.images import to_tensor
+    from unclip.images import to_tensor
 
     a, b = clip.encode_pil([image]), clip.encode_image(to_tensor(image)[None])
     assert F.cosine_similarity(a, b).item() > 0.999

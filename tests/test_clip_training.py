@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.clip import AugmentConfig, ClipRun, drop_words, place
-from unclip.clip import FrozenCLIP
+from unclip.clip.contrastive import contrastive_loss, retrieval_rank
+from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
-from unclip.contrastive import contrastive_loss, retrieval_rank
+from unclip.training.clip import AugmentConfig, ClipRun, drop_words, place
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
-from unclip.contrastive import contrastive_loss
+from unclip.clip.contrastive import contrastive_loss
 dist.init_process_group("gloo")
 rank, data = dist.get_rank(), torch.load(sys.argv[1], weights_only=True)
 mine = slice(rank * 4, rank * 4 + 4)

@@ -26,7 +26,7 @@ from unclip.assemble import assemble
 from unclip.cli import main
 from unclip.config import parse_config
 from unclip.errors import CheckpointError, ConfigError
-from unclip.folder import read_index
+from unclip.files.folder import read_index
 from unclip.interop.convert import convert
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.layers import ScaleConfig
@@ -35,14 +35,9 @@ from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.pipeline import UnCLIP
-from unclip.training.tasks import (
-    DecoderRun,
-    PriorRun,
-    UpsamplerRun,
-    train_decoder,
-    train_prior,
-    train_upsampler,
-)
+from unclip.training.decoder import DecoderRun, train_decoder
+from unclip.training.prior import PriorRun, train_prior
+from unclip.training.upsampler import UpsamplerRun, train_upsampler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last")
@@ -349,7 +344,7 @@ def test_a_folder_that_is_not_right_is_refused_before_weights_are_read(
 ) -> None:
     damage, said = MISTAKES[mistake]
     damage(copy)
-    monkeypatch.setattr("unclip.stages.materialise", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("unclip.stages.stored.materialise", lambda *_: pytest.fail("too late"))
     with pytest.raises(CheckpointError) as error:
         UnCLIP.from_pretrained(copy)
     assert said in str(error.value)

@@ -23,7 +23,7 @@ from PIL import Image
 from test_tasks import tiny
 from torch.testing import assert_close
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import (
     CachePlan,
     EmbeddingCache,
@@ -32,11 +32,14 @@ from unclip.data.cache import (
     finish_cache,
     write_cache,
 )
-from unclip.data.dataset import batches, fixed, open_dataset
-from unclip.data.images import to_pil
+from unclip.data.open import open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import fixed
 from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.images import to_pil
 from unclip.randomness import generator
-from unclip.training.tasks import PriorRun, PriorTask, train_decoder, train_prior
+from unclip.training.decoder import train_decoder
+from unclip.training.prior import PriorRun, PriorTask, train_prior
 
 ROOT = Path(__file__).parents[1]
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
@@ -212,7 +215,7 @@ def test_the_decoder_learns_the_same_with_embeddings_from_a_cache(
 def test_the_prior_trains_from_a_cache_alone(
     root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unclip.training.embeddings.DRAFT_COUNT", 256)
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_COUNT", 256)
     more = ["train.steps=2", f"train.out={tmp_path / 'run'}", "model.draft={width: 8}"]
     given = tiny("prior", model_folder, f"data.train={root}", "data.val=null", *more)
     assert isinstance(given, PriorRun)

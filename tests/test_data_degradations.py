@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from unclip.data.degradations import blur, bsr, gaussian_kernel
-from unclip.data.images import gradient_energy, psnr, resize
 from unclip.data.shapes import Shapes, render
 from unclip.errors import ConfigError
+from unclip.images import gradient_energy, psnr, resize
 
 
 def _generator(seed: int) -> torch.Generator:

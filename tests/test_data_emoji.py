@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from unclip.data import emoji
-from unclip.data.dataset import open_dataset
-from unclip.data.images import from_array, psnr, resize
+from unclip.data.open import open_dataset
 from unclip.errors import DataError
+from unclip.images import from_array, psnr, resize
 
 ROOT = Path(__file__).parents[1] / "data" / "emoji"
 SMALL = "streamline-emojis"

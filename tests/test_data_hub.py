@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.dataset import fixed, open_dataset
+from unclip.data.open import open_dataset
+from unclip.data.sample import fixed
 from unclip.errors import DataError
 
 LEVELS = [0, 60, 120, 180, 240]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from unclip.data import images
+from unclip import images
 from unclip.errors import DataError
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from unclip.data.dataset import Batch, DataConfig, Sample, batches, open_dataset
+from unclip.data.open import DataConfig, open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import Batch, Sample
 from unclip.errors import ConfigError, DataError
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.dataset import open_dataset
+from unclip.data.open import open_dataset
 from unclip.data.readers import expand_braces
 from unclip.errors import DataError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as transforms
 
-from unclip.data.dataset import open_dataset
+from unclip.data.open import open_dataset
 from unclip.data.shapes import (
     PALETTE,
     PLACES,

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from unclip.data import shards as shards_module
-from unclip.data.dataset import Dataset, batches, open_dataset
+from unclip.data.open import open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import Dataset
 from unclip.data.shards import ENTRY, Shards, read_index
 from unclip.errors import DataError
 

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from unclip.conditioning import Cond
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas
-from unclip.diffusion.sampling import SamplingConfig, make_scheduler, sample
+from unclip.diffusion.sampling import SamplingConfig, sample
+from unclip.diffusion.schedulers import make_scheduler
 from unclip.errors import ConfigError
 
 SAMPLERS = ["ddpm", "ddim", "dpm++", "unipc"]

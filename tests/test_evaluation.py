@@ -17,7 +17,6 @@ from conftest import tiny_clip
 from PIL import Image
 
 from unclip.data.emoji import Emoji
-from unclip.data.images import resize, to_pil, to_tensor
 from unclip.evaluation import (
     agreement,
     coinciding,
@@ -29,6 +28,7 @@ from unclip.evaluation import (
     shift,
     upscale_again,
 )
+from unclip.images import resize, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

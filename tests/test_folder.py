@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from unclip import folder
 from unclip.errors import CheckpointError
+from unclip.files.checkpoints import newest_checkpoint, write_manifest
+from unclip.files.find import resolve_folder
+from unclip.files.folder import read_index, read_stage_config, update_index, write_stage
+from unclip.files.tensors import TensorFile, load_tensors, write_tensors
 
 
 def model() -> nn.Module:
@@ -22,10 +25,10 @@ def model() -> nn.Module:
 
 def checkpoint(run: Path, step: int) -> Path:
     path = run / "checkpoints" / f"step-{step}"
-    folder.write_stage(path, "prior", {"step": step}, model().state_dict())
+    write_stage(path, "prior", {"step": step}, model().state_dict())
     (path / "training").mkdir()
-    folder.write_tensors(path / "training" / "weights.safetensors", model().state_dict())
-    folder.write_manifest(path)
+    write_tensors(path / "training" / "weights.safetensors", model().state_dict())
+    write_manifest(path)
     return path
 
 
@@ -38,11 +41,11 @@ def damage(path: Path) -> None:
 
 def test_a_stage_comes_out_as_it_went_in(tmp_path: Path) -> None:
     source = model().to(memory_format=torch.channels_last)
-    folder.write_stage(tmp_path, "decoder", {"size": [1, 2]}, source.state_dict())
-    assert folder.read_stage_config(tmp_path, "decoder") == {"size": [1, 2]}
+    write_stage(tmp_path, "decoder", {"size": [1, 2]}, source.state_dict())
+    assert read_stage_config(tmp_path, "decoder") == {"size": [1, 2]}
     target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    tensors = folder.TensorFile(tmp_path / "decoder" / "model.safetensors")
-    folder.load_tensors(target, tensors, "decoder")
+    tensors = TensorFile(tmp_path / "decoder" / "model.safetensors")
+    load_tensors(target, tensors, "decoder")
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor)
 
@@ -50,28 +53,28 @@ def test_a_stage_comes_out_as_it_went_in(tmp_path: Path) -> None:
 def test_stages_are_listed_in_the_order_of_the_stack(tmp_path: Path) -> None:
     names = ["clip", "prior", "ar_prior", "decoder", "upsampler_256", "upsampler_1024"]
     for name in [*reversed(names), "prior"]:
-        folder.write_stage(tmp_path, name, {}, {"x": torch.zeros(1)})
-    assert folder.read_index(tmp_path) == {"format": 1, "stages": names}
+        write_stage(tmp_path, name, {}, {"x": torch.zeros(1)})
+    assert read_index(tmp_path) == {"format": 1, "stages": names}
 
 
 def test_other_entries_of_the_index_stay(tmp_path: Path) -> None:
-    folder.update_index(tmp_path, sampling={"steps": 5})
-    folder.write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
-    assert folder.read_index(tmp_path)["sampling"] == {"steps": 5}
+    update_index(tmp_path, sampling={"steps": 5})
+    write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
+    assert read_index(tmp_path)["sampling"] == {"steps": 5}
 
 
 def test_tied_and_sliced_tensors_are_written_whole(tmp_path: Path) -> None:
     base = torch.arange(6.0)
     tensors = {"a": base, "b": base, "c": base[2:4], "d": base.view(2, 3).T}
-    folder.write_tensors(tmp_path / "x.safetensors", tensors)
-    back = folder.TensorFile(tmp_path / "x.safetensors")
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    back = TensorFile(tmp_path / "x.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 def test_half_precision_export_converts_only_floating_tensors(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(3), "n": torch.arange(3), "m": torch.tensor([True])}
-    folder.write_stage(tmp_path, "clip", {}, tensors, dtype=torch.float16)
-    back = folder.TensorFile(tmp_path / "clip" / "model.safetensors")
+    write_stage(tmp_path, "clip", {}, tensors, dtype=torch.float16)
+    back = TensorFile(tmp_path / "clip" / "model.safetensors")
     assert {n: t.dtype for n, t in back.items()} == {
         "w": torch.float16, "n": torch.int64, "m": torch.bool
     }  # fmt: skip
@@ -81,7 +84,7 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
     """safetensors makes its files 0600, so that nobody else can read shared weights."""
     before = os.umask(0o022)
     try:
-        folder.write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
+        write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -91,19 +94,19 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
 
 def test_truncated_weights_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    folder.write_tensors(path, model().state_dict())
+    write_tensors(path, model().state_dict())
     whole = path.read_bytes()
     for length in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(
             CheckpointError, match=rf"model.safetensors \({length} bytes\) is trunc"
         ):
-            folder.TensorFile(path)
+            TensorFile(path)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights at .*absent"):
-        folder.TensorFile(tmp_path / "absent.safetensors")
+        TensorFile(tmp_path / "absent.safetensors")
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
@@ -116,19 +119,19 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         r"1 of another shape \(2.weight 2x5, expected 2x4\)"
     )
     with pytest.raises(CheckpointError, match=message):
-        folder.load_tensors(model(), tensors, "here")
+        load_tensors(model(), tensors, "here")
 
 
 @pytest.mark.parametrize("name", ["unet", "upsampler", "upsampler_0", "upsampler_x", "../clip"])
 def test_unknown_stages_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="unknown stage"):
-        folder.write_stage(tmp_path, name, {}, {})
+        write_stage(tmp_path, name, {}, {})
 
 
 def test_missing_stage_names_those_there_are(tmp_path: Path) -> None:
-    folder.write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
+    write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"no stage 'prior' in .*, which has clip"):
-        folder.read_stage_config(tmp_path, "prior")
+        read_stage_config(tmp_path, "prior")
 
 
 @pytest.mark.parametrize(
@@ -143,16 +146,16 @@ def test_missing_stage_names_those_there_are(tmp_path: Path) -> None:
 def test_a_damaged_or_newer_index_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "unclip.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        folder.read_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_a_run_means_its_newest_finished_checkpoint(tmp_path: Path) -> None:
     for step in (9, 10):
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 11).rename(tmp_path / "checkpoints" / "step-11.tmp")
-    newest = folder.resolve_folder(tmp_path)
+    newest = resolve_folder(tmp_path)
     assert newest == tmp_path / "checkpoints" / "step-10"
-    assert folder.resolve_folder(newest) == newest
+    assert resolve_folder(newest) == newest
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "no manifest", "bad manifest"])
@@ -170,31 +173,31 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, how:
     else:
         (damaged / "manifest.json").write_text(json.dumps({"files": {"unclip.json": 3}}))
     with pytest.warns(UserWarning, match="passing over a damaged checkpoint: .*step-2"):
-        assert folder.resolve_folder(tmp_path) == sound
+        assert resolve_folder(tmp_path) == sound
 
 
 def test_sampling_does_not_need_the_training_files(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
     damage(path / "training" / "weights.safetensors")
-    assert folder.resolve_folder(tmp_path) == path
+    assert resolve_folder(tmp_path) == path
     with pytest.raises(CheckpointError, match="has changed since it was written"):
-        folder.newest_checkpoint(tmp_path, training=True)
+        newest_checkpoint(tmp_path, training=True)
 
 
 def test_a_run_with_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     damage(checkpoint(tmp_path, 1) / "prior" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
-        folder.resolve_folder(tmp_path)
+        resolve_folder(tmp_path)
 
 
 def test_what_is_no_model_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        folder.resolve_folder(tmp_path / "absent")
+        resolve_folder(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="expected a model folder"):
-        folder.resolve_folder(tmp_path)
-    folder.write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
+        resolve_folder(tmp_path)
+    write_stage(tmp_path, "clip", {}, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=f"did you mean {tmp_path}"):
-        folder.resolve_folder(tmp_path / "clip")
+        resolve_folder(tmp_path / "clip")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has saved no checkpoint yet"):
-        folder.resolve_folder(tmp_path / "run")
+        resolve_folder(tmp_path / "run")

@@ -17,7 +17,7 @@ from unclip.errors import CheckpointError
 from unclip.interop.names import Renamed, prior_names
 from unclip.interop.settings import prior_config
 from unclip.pipeline import UnCLIP
-from unclip.stages import build
+from unclip.stages.kinds import build
 
 SMALL = Shape()
 OTHERS = [

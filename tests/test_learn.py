@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from train import learn
-from train.clip import ClipRun
 from unclip.config import load_config
-from unclip.data.images import to_pil
 from unclip.data.shapes import render
-from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun, UpsamplerTask
+from unclip.images import to_pil
+from unclip.training.clip import ClipRun
+from unclip.training.decoder import DecoderRun
+from unclip.training.prior import PriorRun
+from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "shapes"
 

@@ -17,7 +17,9 @@ from unclip.interop.settings import decoder_config, prior_config, upsampler_conf
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
-from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun
+from unclip.training.decoder import DecoderRun
+from unclip.training.prior import PriorRun
+from unclip.training.upsampler import UpsamplerRun
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES: dict[str, tuple[type[Config], type[nn.Module]]] = {

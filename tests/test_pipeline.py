@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
-from unclip.data.images import to_tensor
 from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.images import to_tensor
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
-from unclip.stages import chunk_size, resident
+from unclip.stages.resident import resident
+from unclip.stages.stage import chunk_size
 
 APPLE, SQUARES = "a red apple", "a blue square and two green circles"
 LEVEL = 2 / 255  # one of 256 levels: what rounding to 8 bits may cost
@@ -55,8 +56,8 @@ def test_prompts_come_prompt_major_and_equal_separate_calls(pipe):
 
 def test_chunks_do_not_change_pictures(pipe, monkeypatch):
     whole = pipe.text_to_image(APPLE, n=3, size=16)
-    monkeypatch.setattr("unclip.stages.CHUNK_PIXELS", 2 * 16**2)
-    monkeypatch.setattr("unclip.stages.CHUNK_EMBEDDINGS", 1)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 2 * 16**2)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_EMBEDDINGS", 1)
     for a, b in zip(whole, pipe.text_to_image(APPLE, n=3, size=16), strict=True):
         same(a, b)
 

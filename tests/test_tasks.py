@@ -14,26 +14,22 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.testing import assert_close
 
-from train.clip import ClipRun
 from unclip import randomness
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import TextEncoding
 from unclip.config import load_config
-from unclip.data.dataset import Sample, batches, open_dataset
-from unclip.data.images import resize
+from unclip.data.open import open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import Sample
 from unclip.errors import ConfigError
-from unclip.folder import TensorFile
+from unclip.files.tensors import TensorFile
+from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
-from unclip.training.embeddings import fit_draft, fit_layout, fit_scale, jittered
-from unclip.training.tasks import (
-    DecoderRun,
-    DecoderTask,
-    PriorRun,
-    PriorTask,
-    UpsamplerRun,
-    UpsamplerTask,
-    train_decoder,
-)
+from unclip.training.clip import ClipRun
+from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
+from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
+from unclip.training.prior import PriorRun, PriorTask
+from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {
@@ -111,8 +107,8 @@ def test_a_prior_learns_the_scaled_embedding_of_its_own_picture(model_folder):
 def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     run = tiny("decoder", model_folder, "model.layout={side: 8, width: 64}")
     clip = FrozenCLIP.load(run.clip)
-    monkeypatch.setattr("unclip.training.embeddings.LAYOUT_COUNT", 128)
-    monkeypatch.setattr("unclip.training.embeddings.LAYOUT_EPOCHS", 400)
+    monkeypatch.setattr("unclip.training.drafts.LAYOUT_COUNT", 128)
+    monkeypatch.setattr("unclip.training.drafts.LAYOUT_EPOCHS", 400)
     dataset = open_dataset("shapes:val", run.data.resolution)
     decoders = []
     for _ in range(2):
@@ -131,8 +127,8 @@ def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
 
 def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
     """Here an embedding follows from its caption's, though not along a straight line."""
-    monkeypatch.setattr("unclip.training.embeddings.DRAFT_COUNT", 512)
-    monkeypatch.setattr("unclip.training.embeddings.DRAFT_EPOCHS", 200)
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_COUNT", 512)
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_EPOCHS", 200)
     g = torch.Generator().manual_seed(0)
     told = torch.randn(256, 16, generator=g) * torch.logspace(0, -1, 16)  # correlated, uneven
     told = F.normalize(told @ torch.randn(16, 16, generator=g) + 2, dim=-1)

@@ -16,8 +16,8 @@ import pytest
 from accelerate import Accelerator
 from test_tasks import tiny
 
+from unclip.training.decoder import train_decoder
 from unclip.training.fit import _Trainer
-from unclip.training.tasks import train_decoder
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 60, 3

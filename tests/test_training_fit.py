@@ -27,13 +27,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from unclip.errors import CheckpointError, ConfigError, DivergedError
-from unclip.folder import (
-    TensorFile,
-    newest_checkpoint,
-    read_stage_config,
-    resolve_folder,
-    write_stage,
-)
+from unclip.files.checkpoints import newest_checkpoint
+from unclip.files.find import resolve_folder
+from unclip.files.folder import read_stage_config, write_stage
+from unclip.files.tensors import TensorFile
 from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
 

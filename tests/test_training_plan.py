@@ -63,8 +63,8 @@ def test_parameters_and_state_are_those_that_a_run_saves(
 ) -> None:
     from accelerate import Accelerator
 
-    from unclip.folder import TensorFile
-    from unclip.training.tasks import train_prior
+    from unclip.files.tensors import TensorFile
+    from unclip.training.prior import train_prior
 
     run = tiny("prior", model_folder, "train.steps=1", f"train.out={tmp_path}")
     path = tmp_path / "again.yaml"

@@ -12,10 +12,12 @@ from test_tasks import ROOT, TINY, tiny
 from test_training_launch import assert_same_lines, launch, lines
 
 from unclip.errors import ConfigError
-from unclip.folder import newest_checkpoint
-from unclip.stages import read_stage
+from unclip.files.checkpoints import newest_checkpoint
+from unclip.stages.stored import read_stage
 from unclip.training import sharding
-from unclip.training.tasks import train_decoder, train_prior, train_upsampler
+from unclip.training.decoder import train_decoder
+from unclip.training.prior import train_prior
+from unclip.training.upsampler import train_upsampler
 
 TRAINERS = {"decoder": train_decoder, "prior": train_prior, "upsampler_64": train_upsampler}
 # Previews between the steps, because averages change places with the weights there.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.folder import write_stage
+from unclip.files.folder import write_stage
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
 from unclip.training.sharding import part

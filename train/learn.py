@@ -24,17 +24,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import read_yaml
-from unclip.data.images import gradient_energy, grid, psnr, resize, to_pil, to_tensor
 from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.diffusion.sampling import sample
 from unclip.errors import exit_on_error
-from unclip.folder import checkpoint_step, newest_checkpoint
+from unclip.files.checkpoints import checkpoint_step, newest_checkpoint
+from unclip.images import gradient_energy, grid, psnr, resize, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
 from unclip.sources import Source
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 
 CONFIGS = Path("configs/shapes")
 FIGURES = ("colour", "shape", "position", "size", "binding", "exact")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
-from unclip.folder import INDEX, resolve_folder
+from unclip.files.find import resolve_folder
+from unclip.files.folder import INDEX
 from unclip.pipeline import UnCLIP
 from unclip.sources import Source
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 
 
 def assemble(

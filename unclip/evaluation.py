@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.contrastive import retrieval_rank
-from unclip.data.images import gradient_energy, psnr, resize, to_pil, to_tensor
+from unclip.clip.contrastive import retrieval_rank
+from unclip.images import gradient_energy, psnr, resize, to_pil, to_tensor
 
 TOLERANCE = 1e-6  # of a cosine: what rounding does to two equal captions
 

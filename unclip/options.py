@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from unclip.config import parse_config
-from unclip.diffusion.sampling import SamplingConfig, make_scheduler
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.diffusion.schedulers import make_scheduler
 from unclip.errors import ConfigError
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any

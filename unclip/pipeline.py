@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
-from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.conditioning import Cond, TextEncoding
-from unclip.data.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
 from unclip.errors import CheckpointError, ConfigError, DataError
-from unclip.folder import update_index
+from unclip.files.folder import update_index
+from unclip.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
 from unclip.options import Options
 from unclip.sources import Source
-from unclip.stages import Stage, resident
+from unclip.stages.resident import resident
+from unclip.stages.stage import Stage
 
 
 class UnCLIP:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from unclip.clip import FrozenCLIP
-from unclip.clip_sources import from_folder
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.open import from_folder
 from unclip.errors import CheckpointError
-from unclip.folder import PIPELINE, read_index, resolve_folder
+from unclip.files.diffusers import PIPELINE, Folder
+from unclip.files.find import resolve_folder
+from unclip.files.folder import read_index
 from unclip.interop import karlo
-from unclip.interop.layout import Folder
-from unclip.stages import StoredStage, read_stage
+from unclip.stages.stored import StoredStage, read_stage
 
 
 class Source:
@@ -47,5 +48,6 @@ class Source:
     def clip(self, dtype: torch.dtype = torch.float32) -> FrozenCLIP | None:
         """The encoder on the CPU, if there is one; what can be read in `dtype` is."""
         if self.published is not None:
-            return from_folder(self.published, dtype)
+            parts = from_folder(self.published, dtype)
+            return None if parts is None else FrozenCLIP(*parts)
         return FrozenCLIP.load(str(self.root / "clip")) if self.has_clip else None

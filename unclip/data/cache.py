@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from unclip.clip import Fingerprint, FrozenCLIP, check_same_encoder
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
-from unclip.data.dataset import Dataset, Sample
 from unclip.data.readers import arrow
+from unclip.data.sample import Dataset, Sample
 from unclip.errors import CheckpointError, ConfigError, DataError
-from unclip.folder import read_json, sync, write_json
+from unclip.files.disk import read_json, sync, write_json
 from unclip.randomness import generator
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.images import to_pil, to_tensor
 from unclip.errors import ConfigError
+from unclip.images import to_pil, to_tensor
 
 Step = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -25,9 +25,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unclip.data.dataset import Sample, cache_folder, replacing
-from unclip.data.images import fit_square, from_array, load_image, to_rgb
+from unclip.data.sample import Sample, cache_folder
 from unclip.errors import DataError
+from unclip.files.disk import replacing
+from unclip.images import fit_square, from_array, load_image, to_rgb
 
 RASTER_SET = "fluent-3d"
 FLUENT_SETS = ("fluent-emoji", "fluent-emoji-flat", "fluent-3d")  # they share drawings

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from unclip.data.captions import KEYS, clean
-from unclip.data.dataset import Sample
-from unclip.data.images import fit_square, load_image, to_tensor
+from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
+from unclip.images import fit_square, load_image, to_tensor
 
 PREFIX = "hf:"
 CAPTIONS = (*KEYS, "captions", "TEXT")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from unclip.data.captions import KEYS, caption_of, clean, decode
-from unclip.data.dataset import Dataset, Sample
 from unclip.data.hub import open_parquet
-from unclip.data.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.data.sample import Dataset, Sample
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
+from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import randomness
-from unclip.data.dataset import Sample
+from unclip.data.sample import Sample
 
 PALETTE = {
     "red": (220, 40, 40),

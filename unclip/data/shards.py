@@ -28,9 +28,10 @@ import torch
 from tqdm import tqdm
 
 from unclip.data.captions import caption_of, clean, decode
-from unclip.data.dataset import MAX_BAD, Sample, cache_folder, replacing
-from unclip.data.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.data.sample import MAX_BAD, Sample, cache_folder
 from unclip.errors import DataError
+from unclip.files.disk import replacing
+from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
 
 BLOCK = 512  # of a tar file
 CHUNK = 2**20

@@ -12,22 +12,14 @@ import diffusers
 import torch
 from torch import Tensor
 
-from unclip.clip import FrozenCLIP
-from unclip.clip_sources import from_folder
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.open import from_folder
 from unclip.errors import ConfigError
-from unclip.folder import (
-    CONFIG,
-    INDEX,
-    PIPELINE,
-    WEIGHTS_LAST,
-    TensorFile,
-    read_index,
-    update_index,
-    write_json,
-    write_stage,
-    write_tensors,
-)
-from unclip.interop import layout
+from unclip.files import diffusers as layout
+from unclip.files.diffusers import PIPELINE
+from unclip.files.disk import write_json
+from unclip.files.folder import CONFIG, INDEX, WEIGHTS_LAST, read_index, update_index, write_stage
+from unclip.files.tensors import TensorFile, write_tensors
 from unclip.interop.encoder import to_transformers, write_processor, write_tokenizer
 from unclip.interop.karlo import CANDIDATES, stages
 from unclip.interop.names import prior_names, text_proj_names, to_diffusers, unet_names
@@ -38,7 +30,8 @@ from unclip.interop.settings import (
     to_scheduler,
     to_upsampler,
 )
-from unclip.stages import Stage, StoredStage, read_stage
+from unclip.stages.stage import Stage
+from unclip.stages.stored import StoredStage, read_stage
 
 # A part's configuration, and what reads its weights if it has any.
 Part = tuple[dict[str, Any], Callable[[], Mapping[str, Tensor]] | None]
@@ -70,7 +63,8 @@ def convert(
 
 def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> list[str]:
     found = stages(folder)
-    clip = from_folder(folder, torch.float32)
+    parts = from_folder(folder, torch.float32)
+    clip = None if parts is None else FrozenCLIP(*parts)
     encoder = None
     if clip is not None:
         encoder = clip.fingerprint

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.preprocessing import PreprocessConfig
+from unclip.clip.towers import END, START, OpenClipTowers, TransformersTowers
 from unclip.errors import ConfigError
-from unclip.folder import write_json
-from unclip.interop.layout import PROCESSOR
+from unclip.files.diffusers import PROCESSOR
+from unclip.files.disk import write_json
 from unclip.interop.names import Names, pairs, to_diffusers
-from unclip.preprocessing import PreprocessConfig
-from unclip.towers import END, START, OpenClipTowers, TransformersTowers
 
 ENDS = {START: "<|startoftext|>", END: "<|endoftext|>"}
 PADDING = "!"  # Karlo's, id 0

@@ -12,7 +12,7 @@ from unclip.config import Config
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import CheckpointError
-from unclip.interop.layout import (
+from unclip.files.diffusers import (
     DECODER,
     DECODER_STEPS,
     FIRST,
@@ -34,7 +34,9 @@ from unclip.interop.settings import (
     prior_config,
     upsampler_config,
 )
-from unclip.stages import Stage, StoredStage, build
+from unclip.stages.kinds import build
+from unclip.stages.stage import Stage
+from unclip.stages.stored import StoredStage
 
 LOW = 64  # what super_res_first enlarges, where there is no decoder to say so
 # The parts that hold the weights of each kind of stage, and of the encoder.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from unclip.errors import CheckpointError
-from unclip.folder import shape_of, tally
+from unclip.files.disk import tally
+from unclip.files.tensors import shape_of
 from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from unclip.clip.contrastive import contrastive_loss
+from unclip.clip.towers import OpenClipTowers
 from unclip.config import Config
-from unclip.contrastive import contrastive_loss
-from unclip.data.images import resize
+from unclip.images import resize
 from unclip.models.layers import Draft, DraftConfig
-from unclip.towers import OpenClipTowers
 from unclip.training.teacher import TeacherConfig
 
 
@@ -32,7 +32,7 @@ class RestoreConfig(Config):
     weight: float = Field(default=5.0, ge=0)
     noise: float = Field(default=0.0, ge=0)
     """Length of the noise on the unit-norm embedding: what it hides must lie further apart."""
-    network: DraftConfig = DraftConfig()
+    network: DraftConfig = DraftConfig(width=1024, blocks=2)
 
 
 @dataclass(frozen=True)

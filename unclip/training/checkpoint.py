@@ -20,11 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unclip import folder as files
-from unclip.clip import check_same_encoder
+from unclip.clip.fingerprint import check_same_encoder
 from unclip.errors import CheckpointError, DivergedError
+from unclip.files.checkpoints import checkpoint_step, list_checkpoints, write_manifest
+from unclip.files.disk import read_json, sync, write_json
+from unclip.files.find import resolve_folder
+from unclip.files.folder import WEIGHTS, read_stage_config
+from unclip.files.tensors import TensorFile, load_tensors, write_tensors
 from unclip.sources import Source
-from unclip.stages import Stage
+from unclip.stages.stage import Stage
 from unclip.training.ema import EMA
 from unclip.training.sharding import put, wholes
 
@@ -98,7 +102,7 @@ def save_checkpoint(run: Path, task: Saves, state: TrainState, tensors: Tensors,
     if final.exists():  # a damaged one that resuming has passed over
         shutil.rmtree(final)
     os.rename(beside, final)
-    files.sync(final.parent)
+    sync(final.parent)
     _prune(run, state.step, keep)
     return final
 
@@ -106,12 +110,12 @@ def save_checkpoint(run: Path, task: Saves, state: TrainState, tensors: Tensors,
 def _write(folder: Path, task: Saves, state: TrainState, tensors: Tensors) -> None:
     (folder / "training").mkdir(parents=True)
     task.save(tensors.averaged, folder)
-    _check_stage(folder / task.name / files.WEIGHTS, state.ema)
-    files.write_tensors(folder / "training" / "weights.safetensors", tensors.live)
-    files.write_tensors(folder / "training" / "optimizer.safetensors", tensors.optimizer)
+    _check_stage(folder / task.name / WEIGHTS, state.ema)
+    write_tensors(folder / "training" / "weights.safetensors", tensors.live)
+    write_tensors(folder / "training" / "optimizer.safetensors", tensors.optimizer)
     saved = {"format": 1, "step": state.step, "skipped": state.skipped}
-    files.write_json(folder / "training" / "state.json", saved)
-    files.write_manifest(folder)
+    write_json(folder / "training" / "state.json", saved)
+    write_manifest(folder)
 
 
 def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
@@ -120,11 +124,11 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
     **Raises**: `CheckpointError` if it belongs to another model.
     """
     weights = folder / "training" / "weights.safetensors"
-    files.load_tensors(state.model, files.TensorFile(weights), str(weights), put)
-    stage = folder / task.name / files.WEIGHTS
-    state.ema.load(files.TensorFile(stage), str(stage))
+    load_tensors(state.model, TensorFile(weights), str(weights), put)
+    stage = folder / task.name / WEIGHTS
+    state.ema.load(TensorFile(stage), str(stage))
     _load_optimizer(folder / "training" / "optimizer.safetensors", state)
-    saved = files.read_json(folder / "training" / "state.json")
+    saved = read_json(folder / "training" / "state.json")
     if saved.get("format") != 1:
         raise CheckpointError(f"{folder} has training state of format {saved.get('format')!r}")
     state.step, state.skipped = saved["step"], saved.get("skipped", [])
@@ -141,10 +145,10 @@ def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
     """
     stage: Stage | None = getattr(task, "stage", None)
     if stage is None:  # an encoder: no stage of diffusion
-        folder = files.resolve_folder(path)
-        files.read_stage_config(folder, task.name)
-        weights = folder / task.name / files.WEIGHTS
-        files.load_tensors(model, files.TensorFile(weights), str(weights))
+        folder = resolve_folder(path)
+        read_stage_config(folder, task.name)
+        weights = folder / task.name / WEIGHTS
+        load_tensors(model, TensorFile(weights), str(weights))
         return
     source = Source(path)
     kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
@@ -157,7 +161,7 @@ def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
         trained = None if clip is None else clip.fingerprint
     if stage.encoder is not None and trained is not None:
         check_same_encoder(stage.encoder, trained, stored.where)
-    files.load_tensors(model, stored.tensors, stored.where)
+    load_tensors(model, stored.tensors, stored.where)
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
@@ -193,7 +197,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _load_optimizer(path: Path, state: TrainState) -> None:
     params = dict(state.model.named_parameters())
-    for full_name, saved in files.TensorFile(path).items():
+    for full_name, saved in TensorFile(path).items():
         key, _, name = full_name.partition(".")
         if name not in params:
             raise CheckpointError(f"{path} holds {full_name}, but the model has no {name}")
@@ -226,7 +230,7 @@ def _check_stage(path: Path, ema: EMA) -> None:
 
 def _prune(run: Path, step: int, keep: int) -> None:
     """Keep the newest up to `step`; a later one is damaged, else we had resumed from it."""
-    folders = files.list_checkpoints(run)
-    sound = [folder for folder in folders if (files.checkpoint_step(folder) or 0) <= step]
+    folders = list_checkpoints(run)
+    sound = [folder for folder in folders if (checkpoint_step(folder) or 0) <= step]
     for folder in set(folders) - set(sound[: max(keep, 2)]):
         shutil.rmtree(folder)

@@ -26,12 +26,14 @@ from torch.utils.flop_counter import (
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
-from unclip.data.dataset import micro_batch
+from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
 from unclip.evaluation import markdown_table
-from unclip.stages import NETWORKS
+from unclip.stages.kinds import NETWORKS
+from unclip.training.decoder import DecoderRun
+from unclip.training.prior import PriorRun
 from unclip.training.sharding import largest_unit
-from unclip.training.tasks import DecoderRun, PriorRun, UpsamplerRun
+from unclip.training.upsampler import UpsamplerRun
 
 GB = 1e9
 CONTEXT = 77  # of CLIP's text encoders: at most as many token states enter a decoder

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from unclip import folder as files
 from unclip.config import Config, parse_config, read_yaml, save_config
 from unclip.errors import CheckpointError, ConfigError, UnclipError
+from unclip.files.checkpoints import newest_checkpoint
 
 # What may differ between a run and its continuation.
 FREE_KEYS = ("steps", "save_every", "sample_every", "log_every", "keep", "out")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def open_run(run: Path, resolved: Config) -> Path | None:
     """The checkpoint to resume from, if any, after comparing configurations; `run` is a folder."""
-    newest = files.newest_checkpoint(run, training=True)
+    newest = newest_checkpoint(run, training=True)
     saved = run / "config.yaml"
     if newest is not None:
         if not saved.is_file():

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.data.dataset import cache_folder, replacing
+from unclip.data.sample import cache_folder
 from unclip.errors import ConfigError
+from unclip.files.disk import replacing
 
 BATCH = 256  # texts at a time, of about one length
 

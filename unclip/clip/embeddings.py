@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unclip.clip import Fingerprint, check_same_encoder
+from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.errors import ConfigError, DataError
 

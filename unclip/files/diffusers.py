@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from unclip.errors import CheckpointError
-from unclip.folder import CONFIG, PIPELINE, TensorFile, read_json
+from unclip.files.disk import read_json
+from unclip.files.folder import CONFIG
+from unclip.files.tensors import TensorFile
+
+PIPELINE = "model_index.json"  # of diffusers' folders, Karlo's among them
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOWER_WEIGHTS = "model.safetensors"  # of the parts that are transformers' own

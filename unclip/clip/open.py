@@ -1,29 +1,32 @@
-"""Where encoders come from: model folders, transformers, open_clip, and folders like Karlo's."""
+"""Where encoders come from: model folders, transformers, open_clip, and folders like Karlo's.
+
+What is opened is given in parts, of which `FrozenCLIP` is made.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from unclip.clip import FrozenCLIP, Towers
+from unclip.clip.preprocessing import PreprocessConfig, transformers_preprocess
+from unclip.clip.towers import (
+    BpeTokenizer,
+    ClipConfig,
+    OpenClipTowers,
+    Towers,
+    TransformersTokenizer,
+    TransformersTowers,
+    build_clip,
+)
 from unclip.config import parse_config
 from unclip.errors import CheckpointError, ConfigError
-from unclip.folder import (
-    CONFIG,
-    PIPELINE,
-    WEIGHTS,
-    TensorFile,
-    load_tensors,
-    read_json,
-    resolve_folder,
-    tally,
-)
-from unclip.interop.layout import (
+from unclip.files.diffusers import (
     IMAGE_ENCODER,
+    PIPELINE,
     PROCESSING,
     PROCESSOR,
     TEXT_ENCODER,
@@ -31,22 +34,25 @@ from unclip.interop.layout import (
     TOWER_WEIGHTS,
     Folder,
 )
-from unclip.preprocessing import PreprocessConfig, transformers_preprocess
-from unclip.towers import (
-    BpeTokenizer,
-    ClipConfig,
-    OpenClipTowers,
-    TransformersTokenizer,
-    TransformersTowers,
-    build_clip,
-)
+from unclip.files.disk import read_json, tally
+from unclip.files.find import resolve_folder
+from unclip.files.folder import CONFIG, WEIGHTS
+from unclip.files.tensors import TensorFile, load_tensors
 
 CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
 KEYS = ("missing", "unexpected", "mismatched")
 
 
-def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
-    """An encoder on the CPU; what can be read in `dtype` is.
+class Parts(NamedTuple):
+    """What makes a `FrozenCLIP`: its towers, what it does to pictures, what it is called."""
+
+    towers: Towers
+    preprocess: PreprocessConfig
+    name: str
+
+
+def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
+    """An encoder's parts on the CPU; what can be read in `dtype` is.
 
     `source` is a model folder or its `clip` stage, a run of `train/clip.py`, a folder in Karlo's
     layout, a transformers CLIP folder, or an open_clip name and tag (or weights file) such as
@@ -69,7 +75,7 @@ def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> FrozenCLIP:
     return _from_stage(path)
 
 
-def _from_stage(stage: Path) -> FrozenCLIP:
+def _from_stage(stage: Path) -> Parts:
     where = str(stage / CONFIG)
     data = read_json(stage / CONFIG)
     try:
@@ -78,7 +84,7 @@ def _from_stage(stage: Path) -> FrozenCLIP:
         raise CheckpointError(f"{where} can't be used: {error}") from None
 
 
-def _build_stage(stage: Path, data: dict[str, Any], where: str) -> FrozenCLIP:
+def _build_stage(stage: Path, data: dict[str, Any], where: str) -> Parts:
     towers: Towers
     if "model_cfg" in data:
         config = parse_config(data["model_cfg"], ClipConfig, where)
@@ -104,10 +110,10 @@ def _build_stage(stage: Path, data: dict[str, Any], where: str) -> FrozenCLIP:
         raise CheckpointError(f"{where} describes no CLIP encoder: it has no 'model_cfg'")
     load_tensors(model, TensorFile(stage / WEIGHTS), str(stage / WEIGHTS))
     preprocess = parse_config(data["preprocess_cfg"], PreprocessConfig, where)
-    return FrozenCLIP(towers, preprocess, data["name"])
+    return Parts(towers, preprocess, data["name"])
 
 
-def _from_open_clip(source: str) -> FrozenCLIP:
+def _from_open_clip(source: str) -> Parts:
     import open_clip
 
     name, _, tag = source.partition("/")
@@ -142,10 +148,10 @@ def _from_open_clip(source: str) -> FrozenCLIP:
     if described["text_cfg"].get("hf_tokenizer_name"):
         raise CheckpointError(f"{name} does not use CLIP's own byte-pair tokenizer")
     tokenizer = BpeTokenizer(described["text_cfg"].get("context_length", 77))
-    return FrozenCLIP(OpenClipTowers(model, tokenizer, config), preprocess, source)
+    return Parts(OpenClipTowers(model, tokenizer, config), preprocess, source)
 
 
-def _from_transformers(path: Path) -> FrozenCLIP:
+def _from_transformers(path: Path) -> Parts:
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
     try:
@@ -168,7 +174,7 @@ def _from_transformers(path: Path) -> FrozenCLIP:
     return _encoder(text, vision, path, preprocess, path.name)
 
 
-def from_folder(folder: Folder, dtype: torch.dtype) -> FrozenCLIP | None:
+def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
     """The encoder of a folder in Karlo's layout, with an image tower where it has one.
 
     **Raises**: `CheckpointError` if parts are missing, damaged or do not fit.
@@ -217,7 +223,7 @@ def _encoder(
     tokenizer: Path,
     preprocess: PreprocessConfig,
     name: str,
-) -> FrozenCLIP:
+) -> Parts:
     """An encoder of transformers' two CLIP models and the folder of their tokenizer."""
     from transformers import CLIPTokenizer
 
@@ -229,4 +235,4 @@ def _encoder(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
     towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
-    return FrozenCLIP(towers, preprocess, name)
+    return Parts(towers, preprocess, name)

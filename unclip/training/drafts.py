@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip import randomness
-from unclip.clip import FrozenCLIP
+from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import as_embeddings
-from unclip.data.dataset import Dataset, fixed
-from unclip.data.images import resize
+from unclip.data.sample import Dataset, fixed
+from unclip.images import resize
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior

@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unclip.errors import CheckpointError
-from unclip.folder import (
-    PIPELINE,
-    WEIGHTS,
-    WEIGHTS_LAST,
-    TensorFile,
-    read_index,
-    read_stage_config,
-    stage_order,
-)
+from unclip.files.diffusers import PIPELINE
+from unclip.files.folder import WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config, stage_order
+from unclip.files.tensors import TensorFile
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,8 @@ def _stage(root: Path, name: str) -> StageSummary:
 
 
 def _published(root: Path) -> list[StageSummary]:
+    from unclip.files.diffusers import Folder
     from unclip.interop.karlo import ENCODER, PARTS, stages
-    from unclip.interop.layout import Folder
 
     folder, found = Folder(root), []
     configs = {name: stored.stage.describe() for name, stored in stages(folder).items()}

@@ -5,7 +5,6 @@ B batch, D CLIP embedding, L text positions, W text width, R the tower's picture
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,58 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from unclip.clip.fingerprint import PROBE_TEXTS, Fingerprint, digest, probes
+from unclip.clip.open import open_encoder
+from unclip.clip.preprocessing import PreprocessConfig, resize_and_crop, resize_pil
+from unclip.clip.towers import BpeTokenizer, OpenClipTowers, Towers, TransformersTowers
 from unclip.conditioning import TextEncoding
-from unclip.config import Config
-from unclip.data.images import to_rgb, to_tensor
 from unclip.errors import CheckpointError
-from unclip.folder import write_stage
-from unclip.preprocessing import PreprocessConfig, resize_and_crop, resize_pil
-from unclip.towers import BpeTokenizer, OpenClipTowers, TransformersTowers
-
-Towers = OpenClipTowers | TransformersTowers
-PROBE_TEXTS = ("", "a red apple", "two dogs playing in the snow")
-SAME = 0.999  # fp16 and fp32, open_clip and transformers copies of one tower agree to this cosine
-
-
-class Fingerprint(Config):
-    """Which encoder made an embedding. `name` is for messages; everything else must agree.
-
-    **Shapes**: probes (6, D) unit norm: three fixed pictures (empty without image tower), then
-    three fixed sentences.
-    """
-
-    name: str
-    width: int
-    text_width: int
-    context: int
-    tokenizer: str
-    padding: str
-    preprocessing: str
-    probes: list[list[float]]
-
-
-def check_same_encoder(a: Fingerprint, b: Fingerprint, what: str) -> None:
-    """Check that embeddings of one encoder may be used where those of the other are expected.
-
-    **Raises**: `CheckpointError` naming both and what differs; `what` names who asks.
-    """
-    keys = ("width", "text_width", "context", "tokenizer", "padding", "preprocessing")
-    differs = [
-        f"{key} {getattr(a, key)!r} and {getattr(b, key)!r}"
-        for key in keys
-        if getattr(a, key) != getattr(b, key)
-    ]
-    if not differs:
-        pairs = [pair for pair in zip(a.probes, b.probes, strict=True) if all(pair)]
-        ours, theirs = torch.tensor(pairs).unbind(1)  # (n, D) each, of the probes that both have
-        cosine = F.cosine_similarity(ours, theirs, dim=-1).min()
-        if not cosine >= SAME:
-            differs = [f"embeddings of the probes agree only to cosine {cosine:.4f}"]
-    if differs:
-        raise CheckpointError(
-            f"{what}: {a.name!r} and {b.name!r} are different CLIP encoders "
-            f"({'; '.join(differs)}); use the encoder that the weights were trained with"
-        )
+from unclip.files.folder import write_stage
+from unclip.images import to_rgb, to_tensor
 
 
 class FrozenCLIP(nn.Module):
@@ -89,13 +44,11 @@ class FrozenCLIP(nn.Module):
     def load(
         cls, source: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> FrozenCLIP:
-        """Load an encoder; `clip_sources` says which sources there are.
+        """Load an encoder; `open_encoder` says which sources there are.
 
         **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
         """
-        from unclip.clip_sources import open_encoder
-
-        return open_encoder(source, dtype).to(device, dtype)
+        return cls(*open_encoder(source, dtype)).to(device, dtype)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage `clip` of a model folder; `load` reads it back."""
@@ -172,14 +125,14 @@ class FrozenCLIP(nn.Module):
         """What tells this encoder from others; equal for copies in other formats or precisions."""
         z_text = self.encode_text(PROBE_TEXTS).embed  # (3, D)
         # An encoder without image tower has no answer to the pictures.
-        pictures = self.encode_image(_probes()) if self.has_images else z_text.new_zeros(3, 0)
+        pictures = self.encode_image(probes()) if self.has_images else z_text.new_zeros(3, 0)
         unit = [F.normalize(z.float().cpu(), dim=-1) for z in (pictures, z_text)]
         return Fingerprint(
             name=self.name,
             width=self.width,
             text_width=self.text_width,
             context=self.context,
-            tokenizer=_digest(self.towers.tokenizer.raw(PROBE_TEXTS)),
+            tokenizer=digest(self.towers.tokenizer.raw(PROBE_TEXTS)),
             padding="on the right, masked",
             preprocessing=self.preprocess.describe(),
             probes=[[round(value, 6) for value in row] for part in unit for row in part.tolist()],
@@ -200,18 +153,3 @@ class FrozenCLIP(nn.Module):
                 f"{self.name!r} does not use CLIP's own byte-pair vocabulary, "
                 "so a model folder can't hold it"
             )
-
-
-def _probes() -> Tensor:
-    """Three fixed pictures: a ramp, a disc, stripes. **Shapes**: → (3, 3, 64, 64)."""
-    line = torch.linspace(-1, 1, 64)
-    y, x = torch.meshgrid(line, line, indexing="ij")  # (64, 64)
-    disc = torch.where(x.square() + y.square() < 0.5, -0.8, 1.0)
-    stripes = torch.where((torch.arange(64) // 8 % 2 == 0)[None].expand(64, 64), 0.6, -0.6)
-    pictures = [[x, y, -x], [disc.neg(), disc, disc], [stripes, stripes.T, y]]
-    return torch.stack([torch.stack(channels) for channels in pictures])
-
-
-def _digest(tokens: Sequence[Sequence[int]]) -> str:
-    """Two tokenizers are the same if they read the probe sentences alike."""
-    return hashlib.sha256(repr([list(row) for row in tokens]).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from unclip.output import Writer
+    from unclip.cli.output import Writer
     from unclip.pipeline import UnCLIP
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -27,7 +27,7 @@ def default_model() -> Path:
 
     **Raises**: `CheckpointError` if they are in neither place.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     places = [package / "weights" / "emoji", package.parent / "weights" / "emoji"]
     for place in places:
         if (place / "unclip.json").is_file():
@@ -50,13 +50,13 @@ def load(
 
     **Raises**: `ConfigError` for options that the model can't follow, `CheckpointError`.
     """
-    from unclip.folder import resolve_folder
+    from unclip.files.find import resolve_folder
 
     folder = resolve_folder(model or default_model())
 
+    from unclip.cli.summary import model_hash
     from unclip.options import Options  # seconds of imports, so only for a model that is there
     from unclip.pipeline import UnCLIP
-    from unclip.summary import model_hash
 
     pipe = UnCLIP.from_pretrained(folder, to_device(device), to_dtype(dtype), offload=offload)
     opts = Options.of(options)
@@ -84,7 +84,7 @@ def draw(
 
     `make` gives the pictures of a slice of the rows, of which the first has the given seed.
     """
-    from unclip.stages import chunk_size
+    from unclip.stages.stage import chunk_size
 
     together = chunk_size(size or max(pipe.sizes, default=1), pipe.device)
     for start in range(0, len(names), together):

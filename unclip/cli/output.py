@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unclip.data.images import grid
 from unclip.errors import ConfigError
+from unclip.images import grid
 
 THUMBNAIL = 256  # a contact sheet's pictures are no larger, and 64 where there are many
 NAME_LENGTH = 40  # letters of a prompt in a file name; four bytes each at worst

@@ -211,3 +211,6 @@ class TransformersTowers(nn.Module):
         # Attention is causal, so real tokens never see the padding and need no mask.
         output = self.text(input_ids=ids)
         return output.last_hidden_state, output.text_embeds
+
+
+Towers = OpenClipTowers | TransformersTowers

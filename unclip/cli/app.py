@@ -1,0 +1,41 @@
+"""The shell: `unclip text "a red apple"`, and the verbs of its other rooms.
+
+What needs torch is imported inside the verbs, so that a mistyped option answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from unclip.cli import data, models, pictures, training
+from unclip.errors import exit_on_error
+
+app = typer.Typer(
+    name="unclip",
+    help="Pictures from text, from pictures and from CLIP embeddings (DALL·E 2, unCLIP).",
+    epilog="Exit codes: 2 usage or configuration, 3 data, 4 checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for verb in (
+    pictures.text,
+    pictures.vary,
+    data.embed,
+    pictures.upscale,
+    models.info,
+    models.assemble,
+    models.convert,
+    training.plan,
+):
+    app.command()(verb)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb. Errors a person can act on become one paragraph and their exit code."""
+    with exit_on_error():
+        app(args=None if argv is None else list(argv), prog_name="unclip")

@@ -1,0 +1,51 @@
+"""The verbs that work on data: embed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unclip.cli.arguments import (
+    Device,
+    Model,
+    Precision,
+)
+from unclip.cli.shell import default_model, on_terminal, to_device, to_dtype
+from unclip.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+def embed(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Precision = "fp32",
+) -> None:
+    """Write the CLIP image embeddings of pictures, which `vary` reads."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
+    import torch
+    from tqdm import tqdm
+
+    from unclip.cli.output import free_path, make_folder
+    from unclip.clip.embeddings import write_embeddings
+    from unclip.clip.encoder import FrozenCLIP
+    from unclip.files.find import resolve_folder
+    from unclip.images import load_image
+    from unclip.pipeline import UnCLIP
+    from unclip.stages.stage import BAR_AFTER
+
+    make_folder(out.parent)
+    clip = FrozenCLIP.load(str(resolve_folder(model or default_model())))
+    encoder = clip.fingerprint  # taken in float32 and kept
+    pipe = UnCLIP(clip.to(to_device(device), to_dtype(dtype)))
+    bar = tqdm(images, desc="embed", disable=not on_terminal(), delay=BAR_AFTER, leave=False)
+    rows = [pipe.encode_image(load_image(path)).float().cpu() for path in bar]
+    path = free_path(out)
+    write_embeddings(path, torch.cat(rows), [str(image) for image in images], encoder)
+    print(path)

@@ -1,0 +1,83 @@
+"""The verbs that work on models: info, assemble, convert."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unclip.cli.arguments import (
+    Dtype,
+)
+from unclip.cli.shell import default_model, to_dtype
+
+if TYPE_CHECKING:
+    pass
+
+
+def info(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A model folder, a run or a hub id [default: the shipped weights]."),
+    ] = None,
+) -> None:
+    """List the stages of a model: parameters, sizes, samplers, encoder, megabytes on disk."""
+    from unclip.cli.summary import model_hash, summarise
+    from unclip.files.find import resolve_folder
+
+    root = resolve_folder(folder or default_model())
+    stages = summarise(root)
+    print(f"{root}  (model hash {model_hash(root)})")
+    for stage in stages:
+        print(
+            f"{stage.name:<16} {stage.parameters / 1e6:9.2f} M parameters {stage.bytes / 1e6:9.1f} "
+            f"MB  {stage.size:<20} {stage.sampling}".rstrip()
+        )
+    total = sum(stage.bytes for stage in stages) / 1e6
+    count = sum(stage.parameters for stage in stages) / 1e6
+    print(f"{'total':<16} {count:9.2f} M parameters {total:9.1f} MB")
+    encoders = sorted({stage.encoder for stage in stages if stage.encoder})
+    print(f"CLIP encoder: {', '.join(encoders) or 'none named'}")
+
+
+def assemble(
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    clip: Annotated[Path | None, typer.Option(help="Run or model folder of the encoder.")] = None,
+    prior: Annotated[Path | None, typer.Option(help="Run or model folder of the prior.")] = None,
+    decoder: Annotated[
+        Path | None, typer.Option(help="Run or model folder of the decoder.")
+    ] = None,
+    upsampler: Annotated[
+        list[Path] | None, typer.Option(help="Run or model folder of upsamplers; repeatable.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the stored weights.")] = "fp32",
+) -> None:
+    """Collect stages from runs (their newest averaged weights) into one model folder."""
+    from unclip.assemble import assemble as collect
+
+    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype))
+    print(out)
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A model folder, a folder like Karlo's, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Precision of the stored weights [default: as they are].")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too, tensors only.")
+    ] = False,
+) -> None:
+    """Carry a model from Karlo's (diffusers') layout to ours, or from ours to Karlo's."""
+    from unclip.files.find import resolve_folder
+    from unclip.interop.convert import convert as carry
+
+    root = resolve_folder(source, allow_pickle=allow_pickle)
+    for note in carry(root, out, to_dtype(dtype) if dtype else None, allow_pickle=allow_pickle):
+        print(f"note: {note}", file=sys.stderr)
+    print(out)

@@ -1,0 +1,1 @@
+"""What lies on disk: model folders, checkpoints, tensors, and the folders of diffusers."""

@@ -1,0 +1,69 @@
+"""Bytes onto disk in one piece: a file is whole under its name, or it is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unclip.errors import CheckpointError
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON in one piece, on disk when this returns."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    sync(beside)
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. **Raises**: `CheckpointError` if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"no {path.name} in {path.parent}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def tally(wrong: Mapping[str, list[str]]) -> str:
+    """How many names are wrong in which way, and the first few; empty where none are."""
+    few = {how: ", ".join(names[:4]) + ", …" * (len(names) > 4) for how, names in wrong.items()}
+    return "; ".join(f"{len(names)} {how} ({few[how]})" for how, names in wrong.items() if names)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

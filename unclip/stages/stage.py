@@ -1,0 +1,128 @@
+"""A stage: a network with the process it was trained on, its sampling defaults and its encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unclip.clip.fingerprint import Fingerprint
+from unclip.conditioning import Cond, TextEncoding
+from unclip.diffusion.process import GaussianDiffusion
+from unclip.diffusion.sampling import SamplingConfig, sample
+from unclip.diffusion.tiling import Tiled
+from unclip.files.folder import (
+    WEIGHTS_LAST,
+    write_stage,
+)
+from unclip.files.tensors import write_tensors
+
+# Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
+# from 256 px up. An accelerator takes four times as many.
+CHUNK_PIXELS = 2**16
+CHUNK_EMBEDDINGS = 64
+BAR_AFTER = 2.0  # seconds before a progress bar appears
+
+
+def chunk_size(side: int, device: torch.device) -> int:
+    """How many pictures of this side go through a network together."""
+    return max(1, CHUNK_PIXELS * (1 if device.type == "cpu" else 4) // side**2)
+
+
+@dataclass
+class Stage:
+    """One diffusion stage. `encoder` is the CLIP it was trained with; upsamplers have none.
+
+    `last` is a second network for the final sampling step, which Karlo's upsampler has.
+    """
+
+    name: str
+    network: Any
+    diffusion: GaussianDiffusion
+    sampling: SamplingConfig
+    encoder: Fingerprint | None = None
+    last: Any = None
+
+    @property
+    def kind(self) -> str:
+        """prior, decoder or upsampler."""
+        return self.name.split("_")[0]
+
+    def draw(
+        self,
+        cond: Cond,
+        shape: tuple[int, ...],
+        config: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        *,
+        null_text: TextEncoding | None = None,
+        dtype: torch.dtype = torch.float32,
+        tile: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
+
+        `tile` runs an upsampler on tiles of that many pixels where the picture is larger.
+
+        **Shapes**: cond has B rows, shape is that of one sample; generators B → (B, *shape).
+        """
+        network, last = self.network, self.last
+        if tile is not None and self.kind == "upsampler" and tile < shape[-1]:
+            network = Tiled(network, tile)
+            last = last and Tiled(last, tile)
+        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
+        starts = range(0, len(generators), chunk)
+        total, hide = config.steps * len(starts), not progress
+        parts = []
+        with tqdm(total=total, desc=self.name, disable=hide, delay=BAR_AFTER, leave=False) as bar:
+            for start in starts:
+                rows = slice(start, start + chunk)
+                part = sample(
+                    self.diffusion,
+                    network,
+                    cond.rows(rows),
+                    shape,
+                    config,
+                    generators[rows],
+                    null_text=null_text,
+                    dtype=dtype,
+                    on_step=bar.update,
+                    last=last,
+                )
+                parts.append(part)
+        return torch.cat(parts)
+
+    def describe(self) -> dict[str, Any]:
+        """What its `config.json` says."""
+        return {
+            "kind": self.kind,
+            "model": self.network.config.model_dump(mode="json"),
+            "diffusion": self.diffusion.config.model_dump(mode="json"),
+            "sampling": self.sampling.model_dump(mode="json"),
+            "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
+        }
+
+    def save(
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write `folder/<name>/`; `tensors` stand in for our network's (their averages, say)."""
+        tensors = self.network.state_dict() if tensors is None else tensors
+        write_stage(folder, self.name, self.describe(), _as(dtype, tensors))
+        if self.last is not None:
+            write_tensors(folder / self.name / WEIGHTS_LAST, _as(dtype, self.last.state_dict()))
+
+
+def _as(dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's tensors in `dtype`, but for the statistics of embeddings: they stay float32."""
+    if dtype is None:
+        return tensors
+    kept = ("scale.", "text_scale.")
+    return {n: x if n.startswith(kept) else x.to(dtype) for n, x in tensors.items()}

@@ -1,0 +1,111 @@
+"""Stages on disk: their files checked, their weights read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unclip.clip.fingerprint import Fingerprint
+from unclip.config import parse_config
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.errors import CheckpointError, ConfigError
+from unclip.files.folder import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_LAST,
+    read_stage_config,
+    stage_order,
+)
+from unclip.files.tensors import TensorFile, load_tensors
+from unclip.models.prior import DiffusionPrior
+from unclip.stages.kinds import NETWORKS, build
+from unclip.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """A stage on disk, its files checked.
+
+    `stage` has a network without weights; `tensors`, and `final` for the network of the last step,
+    are read when asked for. `where` names them in errors.
+    """
+
+    stage: Stage
+    tensors: Mapping[str, Tensor]
+    final: Mapping[str, Tensor] | None
+    where: str
+
+    @property
+    def last(self) -> Mapping[str, Tensor] | None:
+        """The last step's network; None where it is a copy of the first. Reads to tell."""
+        if self.final is None:
+            return None
+        copied = all(torch.equal(x, self.final[name]) for name, x in self.tensors.items())
+        return None if copied else self.final
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Stage:
+        """The stage with its weights, for inference.
+
+        **Raises**: `CheckpointError` where they don't fit the network.
+        """
+        config = self.stage.network.config
+        networks = [
+            materialise(build(self.stage.kind, config), tensors, self.where, device, dtype)
+            for tensors in (self.tensors, self.last)
+            if tensors is not None
+        ]
+        return replace(self.stage, network=networks[0], last=networks[1] if networks[1:] else None)
+
+
+def read_stage(folder: Path, name: str) -> StoredStage:
+    """The stage in `folder/<name>/`.
+
+    **Raises**: `CheckpointError` when files are missing, damaged or do not fit together.
+    """
+    stage_order(name)  # a name from an index must not lead out of the folder
+    data = read_stage_config(folder, name)
+    where = str(folder / name / CONFIG)
+    kind = data.get("kind")
+    if kind not in NETWORKS or kind != name.split("_")[0]:
+        raise CheckpointError(
+            f"{where}: kind {kind!r} in the stage {name!r}; expected one of {list(NETWORKS)}"
+        )
+    schema = NETWORKS[kind][0]
+    try:
+        config = parse_config(data["model"], schema, where)
+        diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
+        sampling = parse_config(data["sampling"], SamplingConfig, where)
+        clip = data.get("clip")
+        encoder = parse_config(clip, Fingerprint, where) if clip else None
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{where} can't be used: {error}") from None
+    if getattr(config, "learned_variance", False) != diffusion.learned_variance:
+        raise CheckpointError(f"{where}: learned_variance of model and diffusion must agree")
+    stage = Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling, encoder)
+    weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
+    return StoredStage(
+        stage, TensorFile(weights), TensorFile(last) if last.is_file() else None, str(weights)
+    )
+
+
+def materialise(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Give a network from the meta device its weights, for inference.
+
+    Memory is taken once, in `dtype`; tensors are read one by one. `what` names them in errors.
+    """
+    network.to(dtype).to_empty(device=device)
+    if not isinstance(network, DiffusionPrior):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    load_tensors(network, tensors, what)
+    return network.eval().requires_grad_(False)

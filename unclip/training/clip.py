@@ -1,0 +1,232 @@
+"""Training a CLIP encoder from scratch: two towers and the contrastive loss (Section 2).
+
+B local batch, R picture side, L text positions, N validation pictures, D CLIP embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from unclip import randomness
+from unclip.clip.contrastive import contrastive_loss, retrieval_rank
+from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.preprocessing import PreprocessConfig
+from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, build_clip, vocabulary_of
+from unclip.config import Config
+from unclip.data.open import DataConfig, open_dataset
+from unclip.data.order import batches
+from unclip.data.sample import Batch, Dataset
+from unclip.errors import ConfigError
+from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
+from unclip.training.fit import TrainConfig, fit
+from unclip.training.teacher import Teacher, TeacherConfig
+
+# For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
+# larger dataset; for a teacher to have read, a few more.
+DRAWS, TAUGHT_DRAWS, MANY = 8, 16, 16_384
+HALF = (0.5, 0.5, 0.5)  # the mean and the deviation that leave pixels in [-1, 1]
+
+
+class AugmentConfig(Config):
+    """Random placement, and words dropped into the unknown token."""
+
+    shift: float = Field(default=0.0, ge=0, lt=1)
+    """Largest move in each direction, as a share of the picture's side."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Largest change of size: factors from 1 - scale to 1 + scale."""
+    unknown_words: float = Field(default=0.0, ge=0, lt=1)
+    """Share of tokens read as unknown, so that unknown words do no harm later."""
+
+
+class ClipRun(Config):
+    """`configs/*/clip.yaml`. `name` identifies the encoder in error messages."""
+
+    name: str
+    data: DataConfig
+    model: ClipConfig
+    vocabulary: Literal["full", "data"]
+    """Token embeddings for CLIP's whole vocabulary, or only for what the captions use."""
+    augment: AugmentConfig
+    restore: RestoreConfig | None = None
+    teacher: TeacherConfig | None = None
+    train: TrainConfig
+
+
+class ClipTask:
+    """What `fit` trains: open_clip's CLIP on captioned pictures."""
+
+    name = "clip"
+
+    def __init__(self, config: ClipRun, train: Dataset, val: Dataset | None) -> None:
+        self.config, self.val = config, val
+        size = config.model.vision_cfg.image_size
+        if (config.data.crop or config.data.resolution) != size:
+            raise ConfigError(
+                f"data.resolution = {config.data.resolution} (or data.crop) must be "
+                f"model.vision_cfg.image_size = {size}"
+            )
+        context, vocabulary = config.model.text_cfg.context_length, None
+        self.teacher: Teacher | None = None
+        if config.teacher is not None:
+            captions = _captions(train, TAUGHT_DRAWS)
+            half = config.train.precision == "bf16"
+            dtype = torch.bfloat16 if half else torch.float32
+            self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
+        if config.vocabulary == "data":
+            phrases = self.teacher.phrases if self.teacher is not None else []
+            vocabulary = vocabulary_of([*_captions(train), *phrases], context)
+        self.tokenizer = BpeTokenizer(context, vocabulary)
+        rows = int(self.tokenizer.rows.max()) + 1
+        text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
+        self.model_config = config.model.model_copy(update={"text_cfg": text})
+        model = build_clip(self.model_config)
+        # A quarter faster as a ResNet.
+        self.product: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.product
+        if config.restore is not None or config.teacher is not None:
+            towers = OpenClipTowers(model, self.tokenizer, self.model_config)
+            width = self.teacher.width if self.teacher is not None else 0
+            self.model = AidedCLIP(towers, config.restore, config.teacher, width)
+        self.step = 0
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
+        self.step = step + 1
+        seed, augment = self.config.train.seed, self.config.augment
+        images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
+        ids, mask = self.tokenizer(batch.captions)  # (B, L)
+        ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words).to(images.device)
+        if isinstance(self.model, AidedCLIP):
+            out = model(images, ids, mask.to(images.device), self._lesson(batch))
+            return self.model.losses(out, images, ids)
+        z_image, z_text, scale = model(images, ids)  # (B, D) unit norm, (B, D) unit norm, ()
+        return contrastive_loss(z_image, z_text, ids, scale)
+
+    def _lesson(self, batch: Batch) -> Lesson:
+        seed, device, restore = self.config.train.seed, batch.images.device, self.config.restore
+        noise: Tensor | None = None
+        if restore is not None and restore.noise > 0:
+            width = self.config.model.embed_dim
+            noise = randomness.normal(seed, "restore", batch.ids, (width,))  # (B, D)
+            noise = (restore.noise * width**-0.5 * noise).to(device)
+        if self.teacher is None:
+            return Lesson(noise)
+        phrases = self.teacher.draw(seed, batch.ids)
+        ids, mask = self.tokenizer(phrases)  # (B, L)
+        sentences, meant = self.teacher(batch.captions), self.teacher(phrases)  # (B, E)
+        taught = (part.to(device) for part in (sentences, meant, ids, mask))
+        return Lesson(noise, *taught)
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module) -> Image.Image | None:
+        """Similarity of validation pictures (rows) and captions; retrieval goes to val.jsonl."""
+        if self.val is None:
+            return None
+        clip = self._frozen(copy.deepcopy(self.product))
+        samples = [self.val.get(i, randomness.generator(0, "val", i)) for i in range(len(self.val))]
+        z_image = torch.cat(
+            [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
+        )  # (N, D)
+        z_text = torch.cat(
+            [clip.encode_text(part).embed for part in _chunks([s.caption for s in samples])]
+        )  # (N, D)
+        rank = retrieval_rank(z_image, z_text)
+        scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+        if isinstance(self.model, AidedCLIP) and self.model.head is not None:
+            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+            scores["restored"] = round(self.model.error(z_image, x).mean().item(), 4)
+        line = json.dumps({"step": self.step, **scores, "n": len(rank)})
+        if PartialState().is_main_process:
+            print(f"retrieval of validation captions: {line}", flush=True)
+            with (Path(self.config.train.out) / "val.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
+        grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
+        return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
+
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the stage `clip`, which `FrozenCLIP.load` reads."""
+        model = copy.deepcopy(self.product)
+        model.load_state_dict(tensors)
+        self._frozen(model).save(folder)
+
+    def _frozen(self, model: nn.Module) -> FrozenCLIP:
+        towers = OpenClipTowers(model, self.tokenizer, self.model_config)
+        size = self.model_config.vision_cfg.image_size
+        preprocess = PreprocessConfig(size=size, mean=HALF, std=HALF)
+        return FrozenCLIP(towers, preprocess, self.config.name)
+
+
+def place(images: Tensor, ids: Tensor, seed: int, augment: AugmentConfig) -> Tensor:
+    """Shift and scale each picture at random on white. **Shapes**: (B, 3, R, R) → same."""
+    if augment.shift == 0 and augment.scale == 0:
+        return images
+    draws = torch.stack([torch.rand(3, generator=_generator(seed, i)) for i in ids])  # (B, 3)
+    unit = 2 * draws - 1  # (B, 3) in [-1, 1]
+    theta = torch.zeros(len(ids), 2, 3)
+    zoom = 1 / (1 + augment.scale * unit[:, 0])
+    theta[:, 0, 0] = theta[:, 1, 1] = zoom
+    theta[:, :, 2] = 2 * augment.shift * unit[:, 1:]  # a picture spans [-1, 1]
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    # Outside a picture grid_sample reads 0: shift white there and back.
+    return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
+
+
+def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: float) -> Tensor:
+    """Read a share of the tokens between start and end as unknown (row 0). **Shapes**: (B, L)."""
+    if share == 0:
+        return ids
+    draws = torch.stack(
+        [torch.rand(ids.shape[1], generator=_generator(seed, i, "words")) for i in sample_ids]
+    )  # (B, L)
+    position = torch.arange(ids.shape[1])
+    inside = (position > 0) & (position < mask.sum(1, keepdim=True) - 1)
+    return ids.masked_fill((draws < share) & inside, 0)
+
+
+def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Generator:
+    return randomness.generator(seed, purpose, int(sample_id))
+
+
+def _captions(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
+    stride = -(-len(dataset) // MANY)
+    for index in range(0, len(dataset), stride):
+        for draw in range(draws if stride == 1 else 1):
+            yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
+
+
+def _chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def train_clip(config: ClipRun, accelerator: Accelerator) -> None:
+    """Build, train, and leave checkpoints in `train.out`."""
+    train = open_dataset(config.data.train, config.data.resolution)
+    val = open_dataset(config.data.val, config.data.resolution) if config.data.val else None
+
+    def stream(start_step: int) -> Iterator[Batch]:
+        return batches(
+            train,
+            batch=config.train.batch,
+            seed=config.train.seed,
+            start_step=start_step,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            accumulate=config.train.accumulate,
+            crop=config.data.crop,
+            workers=config.data.workers,
+        )
+
+    fit(ClipTask(config, train, val), stream, config.train, config, accelerator)

@@ -1,0 +1,144 @@
+"""Training the decoder: a picture from its own z_image and its caption (Section 2.1).
+
+B batch, D CLIP embedding, R the picture's side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unclip import randomness
+from unclip.clip.encoder import FrozenCLIP
+from unclip.conditioning import Cond
+from unclip.config import Config
+from unclip.data.cache import EmbeddingCache, Joined
+from unclip.data.open import DataConfig
+from unclip.data.sample import Batch
+from unclip.data.tolerant import Tolerant
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.images import grid, resize, to_pil
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.stages.stage import Stage
+from unclip.training.drafts import fit_layout, fit_scale, jittered
+from unclip.training.fit import TrainConfig, fit
+from unclip.training.task import (
+    PREVIEWS,
+    DropConfig,
+    check_widths,
+    draw,
+    drop,
+    first_samples,
+    open_train,
+    sample_preview,
+    stream,
+)
+
+
+class DecoderRun(Config):
+    """A training run of the decoder; `clip` names the frozen encoder.
+
+    `embeddings` is a cache that has those of the training pictures by key (`train/embed.py`), which
+    else the encoder makes at every step. `jitter` moves the image embeddings off the data (see
+    `jittered`), each by another share of it.
+    """
+
+    clip: str
+    data: DataConfig
+    embeddings: str | None = None
+    model: DecoderConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    drop: DropConfig
+    jitter: float = Field(0.0, ge=0)
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DecoderRun:
+        if self.model.learned_variance != self.diffusion.learned_variance:
+            raise ValueError("model.learned_variance and diffusion.learned_variance must agree")
+        if self.model.layout is not None and self.diffusion.target != "x0":
+            raise ValueError("model.layout needs diffusion.target = x0")
+        return self
+
+
+class DecoderTask:
+    """Draw a picture from its own z_image and its caption, either sometimes left out."""
+
+    name = "decoder"
+
+    def __init__(self, run: DecoderRun, clip: FrozenCLIP):
+        check_widths(clip, run.clip, run.model.embed, run.model.text_width)
+        self.run, self.clip = run, clip
+        self.model: nn.Module = Decoder(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        diffusion = GaussianDiffusion(run.diffusion)
+        self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
+
+    def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The loss of each picture. **Shapes**: → (B,)."""
+        ids = batch.ids
+        cond = self._jittered(self._cond(batch.images, batch.captions, batch.embeds), ids)
+        cond = cond.drop(
+            self.clip.null_text,
+            drop_image=drop(self.run, "image", ids, batch.images),
+            drop_text=drop(self.run, "text", ids, batch.images),
+        )
+        x0 = resize(batch.images, self.run.model.resolution)  # (B, 3, R, R)
+        t, noise = draw(self.run, ids, x0)
+        return self.stage.diffusion.loss(model, x0, cond, t, noise)
+
+    def preview(self, model: Any) -> Image.Image | None:
+        """Top row: validation pictures; below: what the decoder makes of their embeddings."""
+        images, captions = first_samples(self.run.data, PREVIEWS)
+        side = self.run.model.resolution
+        cond = self._cond(images, captions)
+        out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
+        rows = torch.cat([resize(images, side), out.cpu()])
+        return grid([to_pil(x) for x in rows], columns=PREVIEWS)
+
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the stage in the model-folder format."""
+        self.stage.save(folder, tensors)
+
+    def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
+        reads_text = self.run.model.text_width is not None
+        return Cond(
+            image_embed=self.clip.encode_image(images).float() if z_image is None else z_image,
+            text=self.clip.encode_text(captions) if reads_text else None,
+        )
+
+    def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
+        z, seed = cond.image_embed, self.run.train.seed
+        if self.run.jitter == 0 or z is None:
+            return cond
+        sigma = self.run.jitter * randomness.uniform(seed, "jitter", ids)
+        noise = randomness.normal(seed, "jittered", ids, z.shape[1:])
+        z = jittered(self.stage.network.scale, z, sigma.to(z.device), noise.to(z.device))
+        return replace(cond, image_embed=z)
+
+
+def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
+    """Train the decoder; the newest checkpoint's folder."""
+    dataset, clip = open_train(run), FrozenCLIP.load(run.clip, accelerator.device)
+    if run.embeddings is not None:
+        cache = EmbeddingCache(Path(run.embeddings))
+        cache.check_encoder(clip, run.clip)
+        dataset = Tolerant(Joined(dataset, cache))
+    task = DecoderTask(run, clip)
+
+    def begin() -> None:
+        fit_scale(task.stage.network.scale, clip, dataset)
+        if run.model.layout is not None:
+            seed, jitter = run.train.seed, run.jitter
+            fit_layout(task.stage.network, clip, dataset, seed, jitter, accelerator.autocast)
+
+    batches_from = stream(dataset, run, accelerator)
+    return fit(task, batches_from, run.train, run, accelerator, begin)

@@ -1,0 +1,116 @@
+"""Training the diffusion prior: z_image from its caption (Section 2.2).
+
+B batch, D CLIP embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from unclip.clip.encoder import FrozenCLIP
+from unclip.conditioning import Cond
+from unclip.config import Config
+from unclip.data.cache import EmbeddingCache, as_embeddings
+from unclip.data.open import DataConfig, is_cache, open_dataset
+from unclip.data.sample import Batch
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.images import grid, to_pil
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.stages.stage import Stage
+from unclip.training.drafts import fit_draft, fit_scale
+from unclip.training.fit import TrainConfig, fit
+from unclip.training.task import (
+    PREVIEWS,
+    DropConfig,
+    check_widths,
+    draw,
+    drop,
+    first_samples,
+    sample_preview,
+    stream,
+)
+
+
+class PriorRun(Config):
+    """A training run of the diffusion prior; `clip` names the frozen encoder."""
+
+    clip: str
+    data: DataConfig
+    model: PriorConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    drop: DropConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> PriorRun:
+        if self.model.draft is not None and self.diffusion.target != "x0":
+            raise ValueError("model.draft needs diffusion.target = x0")
+        return self
+
+
+class PriorTask:
+    """Predict z_image from its caption (Section 2.2: mean squared error on z_image itself)."""
+
+    name = "prior"
+
+    def __init__(self, run: PriorRun, clip: FrozenCLIP):
+        check_widths(clip, run.clip, run.model.embed, run.model.text_width)
+        self.run, self.clip = run, clip
+        self.model: nn.Module = DiffusionPrior(run.model)
+        diffusion = GaussianDiffusion(run.diffusion)
+        self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
+
+    def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The loss of each pair. **Shapes**: → (B,)."""
+        ids = batch.ids
+        z_image = as_embeddings(self.clip, batch.images)
+        cond = Cond(text=self.clip.encode_text(batch.captions))
+        cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", ids, z_image))
+        x0 = self.stage.network.scale(z_image)  # (B, D)
+        t, noise = draw(self.run, ids, x0)
+        return self.stage.diffusion.loss(model, x0, cond, t, noise)
+
+    def preview(self, model: Any) -> Image.Image | None:
+        """Each row: a validation picture, then those nearest to what its caption gave."""
+        if self.run.data.val is None and is_cache(self.run.data.train):
+            return None  # no pictures to show
+        images, captions = first_samples(self.run.data, 64)
+        z_image = self.clip.encode_image(images)
+        text = self.clip.encode_text(captions[:PREVIEWS])
+        z = model.scale.inverse(
+            sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
+        )
+        near = cosine_similarity(z[:, None], z_image[None], dim=-1).topk(4, dim=1).indices
+        rows = [[k, *near[k].tolist()] for k in range(len(z))]
+        return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
+
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the stage in the model-folder format."""
+        self.stage.save(folder, tensors)
+
+
+def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
+    """Train the prior; the newest checkpoint's folder."""
+    dataset = open_dataset(run.data.train, run.data.resolution, embeddings=True)
+    clip = FrozenCLIP.load(run.clip, accelerator.device)
+    if isinstance(dataset, EmbeddingCache):
+        dataset.check_encoder(clip, run.clip)
+    task = PriorTask(run, clip)
+
+    def begin() -> None:
+        fit_scale(task.stage.network.scale, clip, dataset)
+        if run.model.draft is not None:
+            seed, drop = run.train.seed, run.drop.text
+            fit_draft(task.stage.network, clip, dataset, seed, drop, accelerator.autocast)
+
+    batches_from = stream(dataset, run, accelerator)
+    return fit(task, batches_from, run.train, run, accelerator, begin)

@@ -1,0 +1,116 @@
+"""Training an upsampler: a picture from its small, degraded copy (Appendix C).
+
+B batch, H, W the crop's sides.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unclip import randomness
+from unclip.conditioning import Cond
+from unclip.config import Config
+from unclip.data.degradations import blur, bsr
+from unclip.data.open import DataConfig
+from unclip.data.sample import Batch
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.images import grid, resize, to_pil
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.stages.stage import Stage
+from unclip.training.fit import TrainConfig, fit
+from unclip.training.task import PREVIEWS, draw, first_samples, open_train, sample_preview, stream
+
+
+class UpsamplerRun(Config):
+    """A training run of an upsampler on crops of `data.crop` pixels of the high resolution.
+
+    `degradation` corrupts the share `degraded` of the low-resolution pictures, so that the
+    upsampler does not take the decoder's flaws for detail.
+    """
+
+    data: DataConfig
+    model: UpsamplerConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    degradation: Literal["blur", "bsr"]
+    degraded: float = Field(1.0, ge=0, le=1)
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> UpsamplerRun:
+        side, scale = self.data.crop or self.data.resolution, self.model.high / self.model.low
+        if self.data.resolution != self.model.high:
+            raise ValueError(
+                f"data.resolution = {self.data.resolution} must be model.high = {self.model.high}"
+            )
+        if side % scale or side % self.model.unet.stride:
+            raise ValueError(
+                f"data.crop = {side} must be a multiple of {scale:g} (high / low) and of "
+                f"{self.model.unet.stride} (what the U-Net shrinks a picture by)"
+            )
+        if self.diffusion.learned_variance:
+            raise ValueError("diffusion.learned_variance must be false for an upsampler")
+        if self.model.residual and self.diffusion.target != "x0":
+            raise ValueError("model.residual needs diffusion.target = x0")
+        return self
+
+
+class UpsamplerTask:
+    """Restore crops of pictures from their low-resolution, degraded copies."""
+
+    def __init__(self, run: UpsamplerRun):
+        self.run = run
+        self.name = f"upsampler_{run.model.high}"
+        self.model: nn.Module = Upsampler(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stage = Stage(
+            self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
+        )
+
+    def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The loss of each crop. **Shapes**: → (B,)."""
+        low = self.low_resolution(batch.images, batch.ids)
+        t, noise = draw(self.run, batch.ids, batch.images)
+        return self.stage.diffusion.loss(model, batch.images, Cond(low_res=low), t, noise)
+
+    def low_resolution(self, images: Tensor, ids: Tensor) -> Tensor:
+        """What the upsampler sees, at the size of the crop. **Shapes**: (B, 3, H, W) → same."""
+        seed, side = self.run.train.seed, images.shape[-1]
+        small = side * self.run.model.low // self.run.model.high
+        low = resize(images, small)
+        degrade = randomness.uniform(seed, "degrade", ids) < self.run.degraded
+        for row in degrade.nonzero().flatten().tolist():
+            g = randomness.generator(seed, "degradation", int(ids[row]))
+            if self.run.degradation == "blur":
+                low[row] = blur(low[row], g)
+            else:
+                low[row] = bsr(images[row], small, g)
+        return resize(low, side)
+
+    def preview(self, model: Any) -> Image.Image | None:
+        """Rows: bicubic, upsampled, real; the middle of validation pictures, not degraded."""
+        images, _ = first_samples(self.run.data, PREVIEWS)
+        side = self.run.data.crop or self.run.data.resolution
+        corner = (images.shape[-1] - side) // 2
+        real = images[..., corner : corner + side, corner : corner + side]
+        low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
+        cond = Cond(low_res=low.to(next(model.parameters()).device))
+        out = sample_preview(self.stage, model, cond, tuple(real.shape[1:]), None)
+        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=PREVIEWS)
+
+    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Write the stage in the model-folder format."""
+        self.stage.save(folder, tensors)
+
+
+def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
+    """Train one upsampler; the newest checkpoint's folder."""
+    dataset, task = open_train(run), UpsamplerTask(run)
+    return fit(task, stream(dataset, run, accelerator), run.train, run, accelerator)
