@@ -1,8 +1,8 @@
 """A second device that isn't there: its tensors are the CPU's, but may not be mixed with them.
 
 `enable()` registers it with torch, for good, so it belongs into a process of its own. What runs on
-it is computed on the CPU; counted is where the host would have waited for a GPU. Run as a script, it
-does one thing named by its arguments there and prints what it saw as JSON.
+it is computed on the CPU; counted is where the host would have waited for a GPU. Run as a script,
+it does one thing named by its arguments there and prints what it saw as JSON.
 """
 
 from __future__ import annotations
@@ -169,7 +169,11 @@ def enable() -> torch.device:
     cast = torch.library.Library("aten", "IMPL")
     for precision, names in AUTOCAST.items():
         for name in names:
-            cast.impl(name, _autocast(aten.__getattr__(name.partition('.')[0]), precision), "AutocastPrivateUse1")
+            cast.impl(
+                name,
+                _autocast(aten.__getattr__(name.partition(".")[0]), precision),
+                "AutocastPrivateUse1",
+            )
     _kept.extend([every, cast])
     plain = torch.tensor
 
@@ -182,8 +186,16 @@ def enable() -> torch.device:
 
 # As on CUDA.
 AUTOCAST = {
-    None: ["linear", "conv2d", "conv_transpose2d.input", "matmul", "bmm", "mm", "addmm",
-           "scaled_dot_product_attention"],
+    None: [
+        "linear",
+        "conv2d",
+        "conv_transpose2d.input",
+        "matmul",
+        "bmm",
+        "mm",
+        "addmm",
+        "scaled_dot_product_attention",
+    ],
     torch.float32: ["group_norm", "layer_norm", "linalg_vector_norm", "mse_loss", "softmax.int"],
 }
 
