@@ -1,8 +1,8 @@
 """A second device that isn't there: its tensors are the CPU's, but may not be mixed with them.
 
 `enable()` registers it with torch, for good, so it belongs into a process of its own. What runs on
-it is computed on the CPU; counted is where the host would have waited for a GPU. Run as a script, it
-does one thing named by its arguments there and prints what it saw as JSON.
+it is computed on the CPU; counted is where the host would have waited for a GPU. Run as a script,
+it does one thing named by its arguments there and prints what it saw as JSON.
 """
 
 from __future__ import annotations

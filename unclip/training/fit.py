@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -31,6 +32,7 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
+from unclip.training.precision import Precision
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -58,7 +60,7 @@ class TrainConfig(Config):
     sample_every: int = Field(ge=1)
     log_every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
     init: str | None = None
 
@@ -73,15 +75,19 @@ class Task(Protocol):
     """What is trained. `name` is a stage's, and `describe` gives its `config.json`; `start_from`
     takes over the weights of the same stage in a folder, a run or a hub id.
 
+    `product` is what is averaged, saved and started from: the model, or the part of one whose rest
+    only helps in training.
+
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
     ids. `preview` draws with fixed seeds, on every process. `describe` gets the tensors that are
-    saved, by the names of `model.state_dict()`.
+    saved, by the names of `product.state_dict()`.
     """
 
     name: str
     model: nn.Module
+    product: nn.Module
 
     def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]: ...
 
@@ -120,6 +126,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
     if any(isinstance(p, DTensor) for p in params):
         raise ConfigError("train.optimizer = adamw8bit can't be shared out; use adamw")
+    # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -165,7 +173,7 @@ def fit(
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
+            task.model, build_optimizer(task.model, config), EMA(task.product, config.ema)
         )
         if newest is not None:
             load_checkpoint(newest, task, state)
@@ -174,6 +182,8 @@ def fit(
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
+        if config.precision == "auto":
+            log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
             log.say(f"weights are shared out over {accelerator.num_processes} processes")
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)

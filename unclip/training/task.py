@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from unclip.config import Config, flat
 from unclip.data.open import DataConfig, open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, fixed
-from unclip.diffusion.sampling import sample
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.find import resolve_folder
 from unclip.files.folder import WEIGHTS, read_stage_config
@@ -109,9 +109,8 @@ def sample_preview(
     """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
     generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
     null_text = None if clip is None else clip.null_text
-    return sample(
-        stage.diffusion, model, cond, shape, stage.sampling, generators, null_text=null_text
-    )
+    drawing = replace(stage, network=model)
+    return drawing.draw(cond, shape, stage.sampling, generators, null_text=null_text)
 
 
 def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
