@@ -81,7 +81,7 @@ class DecoderTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
         self.model: nn.Module = Decoder(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.product = self.model
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 

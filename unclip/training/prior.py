@@ -68,7 +68,7 @@ class PriorTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
         self.model: nn.Module = DiffusionPrior(run.model)
-        self.product = self.model
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
 

@@ -78,7 +78,7 @@ class UpsamplerTask:
         self.run = run
         self.name = f"upsampler_{run.model.high}"
         self.model: nn.Module = Upsampler(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.product = self.model
+        self.product: nn.Module = self.model
         self.stage = Stage(
             self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
         )
