@@ -17,7 +17,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
-from unclip.precision import default_dtype
+from unclip.precision import allow_tf32, default_dtype
 from unclip.progress import progress_bar
 
 
@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
         state = PartialState(cpu=not torch.accelerator.is_available())
-        if state.device.type != "cpu":
-            torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+        allow_tf32(state.device)
         clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
         dataset = open_dataset(given.data, resolution)

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error
+from unclip.precision import allow_tf32, compute_deterministically
 from unclip.training import sharding
 from unclip.training.precision import Precision, resolve_precision
 
@@ -44,7 +45,10 @@ def main(
     with exit_on_error():
         config = load_config(given.config, given.overrides, schema)
         train = config.train  # type: ignore[attr-defined]
+        if train.deterministic:
+            compute_deterministically()
         accelerator = start_accelerator(train.precision)
+        allow_tf32(accelerator.device)
         torch.manual_seed(train.seed)
         run(config, accelerator)
         accelerator.end_training()  # destroys the process group
