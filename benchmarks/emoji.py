@@ -31,7 +31,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.data.emoji import Emoji
 from unclip.errors import CheckpointError, ConfigError, exit_on_error
-from unclip.evaluation import (
+from unclip.evaluation.scores import (
     agreement,
     coinciding,
     cosine_to_others,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 
 TITLES = {
     "retrieval": "Text to image, held-out captions",

@@ -17,7 +17,7 @@ from conftest import tiny_clip
 from PIL import Image
 
 from unclip.data.emoji import Emoji
-from unclip.evaluation import (
+from unclip.evaluation.scores import (
     agreement,
     coinciding,
     cosine_to_others,
