@@ -225,7 +225,8 @@ def _likeness(
     line["realistic"] = measures.realistic(x, real, group.own)
     line["kernel"] = measures.kernel_distance(x, distribution)
     line["frechet"] = measures.frechet_distance(x, distribution)
-    line["density"], line["coverage"] = measures.density_coverage(x, distribution[: len(x)])
+    as_many = distribution[: max(len(x), measures.DENSITY_NEIGHBOURS + 1)]
+    line["density"], line["coverage"] = measures.density_coverage(x, as_many)
     return line
 
 
