@@ -29,7 +29,7 @@ from unclip.data.open import open_dataset
 from unclip.data.sample import Batch
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import exit_on_error
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig

@@ -28,7 +28,7 @@ from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.stages.kinds import NETWORKS
 from unclip.training.decoder import DecoderRun
 from unclip.training.prior import PriorRun
