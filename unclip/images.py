@@ -5,6 +5,7 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
     larger than `MAX_PIXELS` by its header (checked before anything is decoded).
     """
     label = name or str(source)
+    if isinstance(source, str | Path):
+        source = os.path.expanduser(source)
     try:
         with Image.open(source, formats=FORMATS) as image:
             _check_size(image, label)

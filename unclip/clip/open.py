@@ -34,7 +34,7 @@ from unclip.files.diffusers import (
     TOWER_WEIGHTS,
     Folder,
 )
-from unclip.files.disk import read_json, tally
+from unclip.files.disk import from_home, read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
@@ -60,7 +60,7 @@ def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
 
     **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
     """
-    path = Path(source)
+    path = from_home(source)
     if not path.is_dir():
         return _from_open_clip(source)
     if (path / PIPELINE).is_file():
