@@ -31,7 +31,6 @@ from unclip.files.diffusers import (
     PROCESSOR,
     TEXT_ENCODER,
     TOKENIZER,
-    TOWER_WEIGHTS,
     Folder,
 )
 from unclip.files.disk import from_home, read_json, tally
@@ -197,11 +196,12 @@ def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
 
 def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
     path = folder.parts[part]
-    folder.tensors(part, TOWER_WEIGHTS)  # refuses pickles and files that are cut short
+    folder.tensors(part)  # refuses pickles and files that are cut short
     try:
         model, report = kind.from_pretrained(
             path,
             dtype=dtype,
+            variant=folder.variant,
             local_files_only=True,
             use_safetensors=None if folder.allow_pickle else True,
             weights_only=True,

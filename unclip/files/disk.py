@@ -88,7 +88,7 @@ def check_writable(path: Path, name: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"{name} {path}: can't write there ({error.strerror or error}); name another folder"
+            f"can't write into {path}: {error.strerror or error}; choose another {name}"
         ) from None
 
 

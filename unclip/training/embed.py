@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
-        check_writable(given.out, "the cache")
+        check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available())
         clip = FrozenCLIP.load(given.clip, state.device)
         resolution = given.resolution or clip.preprocess.size

@@ -66,7 +66,7 @@ def main(
     with exit_on_error():
         config = load_config(given.config, given.overrides, schema)
         train = config.train  # type: ignore[attr-defined]
-        check_writable(Path(train.out), "train.out =")
+        check_writable(Path(train.out), "train.out")
         check_launcher(train)
         accelerator = _accelerator(train.precision)
         torch.manual_seed(train.seed)
