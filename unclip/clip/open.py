@@ -37,6 +37,7 @@ from unclip.files.disk import from_home, read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
+from unclip.progress import without_bars
 
 CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
 KEYS = ("missing", "unexpected", "mismatched")
@@ -152,10 +153,12 @@ def _from_open_clip(source: str) -> Parts:
 
 def _from_transformers(path: Path) -> Parts:
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers.utils import logging
 
     try:
         load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        both = CLIPModel.from_pretrained(path, **load)
+        with without_bars(logging):
+            both = CLIPModel.from_pretrained(path, **load)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a complete transformers CLIP folder: {error}"
@@ -195,18 +198,21 @@ def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
 
 
 def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     path = folder.parts[part]
     folder.tensors(part)  # refuses pickles and files that are cut short
     try:
-        model, report = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            variant=folder.variant,
-            local_files_only=True,
-            use_safetensors=None if folder.allow_pickle else True,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with without_bars(logging):
+            model, report = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                variant=folder.variant,
+                local_files_only=True,
+                use_safetensors=None if folder.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} can't be used: {error}") from None
     wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}

@@ -20,6 +20,7 @@ from unclip.errors import ConfigError, UnclipWarning, exit_on_error
 from unclip.files.disk import check_writable
 from unclip.training import sharding
 from unclip.training.fit import TrainConfig
+from unclip.training.precision import Precision, resolve_precision
 
 
 class Trains(Protocol):
@@ -68,16 +69,22 @@ def main(
         train = config.train  # type: ignore[attr-defined]
         check_writable(Path(train.out), "train.out")
         check_launcher(train)
-        accelerator = _accelerator(train.precision)
+        accelerator = start_accelerator(train.precision)
         torch.manual_seed(train.seed)
         run(config, accelerator)
         accelerator.end_training()  # destroys the process group
 
 
-def _accelerator(precision: str) -> Accelerator:
+def start_accelerator(precision: Precision) -> Accelerator:
+    """This process's device and its place among the others.
+
+    **Raises**: `ConfigError` if processes were launched that do not see each other.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    bf16 = resolve_precision(precision, device) == "bf16"
     with sharding.hidden():
         accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="bf16" if bf16 else "no",
             # Without it, several processes on a machine without GPU would each train alone.
             cpu=not torch.accelerator.is_available(),
             # The trainer divides losses itself; from the environment accelerate would do it again.
