@@ -208,3 +208,47 @@ def test_help_says_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "section.key=value" in output
     assert "resumes" in output
+
+
+def test_what_the_launcher_says_and_the_configuration_decides_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`accelerate launch --mixed_precision bf16 --gradient_accumulation_steps 4` was ignored, or
+    the second, given as a variable, divided every gradient once more."""
+    start(write(tmp_path), "train.steps=4", "bad_from=99", f"train.out={tmp_path / 'plain'}")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    start(write(tmp_path), "train.steps=4", "bad_from=99")
+    shown = capsys.readouterr().err
+    assert "train.precision" in shown and "train.accumulate" in shown
+    assert_same_lines(lines(tmp_path / "plain"), lines(tmp_path / "run"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SystemExit) as exit:
+        start(write(tmp_path))
+    assert exit.value.code == 2 and "deepspeed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """It was a traceback, after the encoder and the data had been opened."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit:
+        start(write(tmp_path), f"train.out={tmp_path / place}", "bad_from=99")
+    shown = capsys.readouterr().err
+    assert exit.value.code == 2 and "train.out" in shown and place in shown
+
+
+def test_a_broken_tensorboard_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose import raised TypeError ended the training with a traceback."""
+    (tmp_path / "tensorboard.py").write_text("raise TypeError('Descriptors')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    start(write(tmp_path), "bad_from=99")
+    assert "Descriptors" in capsys.readouterr().err and len(lines(tmp_path / "run")) == 8

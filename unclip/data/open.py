@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.captions import USUAL, Columns
 from unclip.data.sample import Dataset
 from unclip.data.tolerant import Tolerant
@@ -21,8 +22,8 @@ class DataConfig(Config):
     file names), where these aren't called as usual; of tar files, `caption` is a key in the .json.
     """
 
-    train: str
-    val: str | None = None
+    train: Place
+    val: Place | None = None
     resolution: int = Field(gt=0)
     crop: int | None = Field(default=None, gt=0)
     workers: int = Field(default=0, ge=0)
@@ -52,6 +53,7 @@ def open_dataset(
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
+    spec = os.path.expanduser(spec)
     name, _, split = spec.partition(":")
     if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):
         raise DataError(f"{spec!r}: the parts of {name} are train and val, not {split!r}")

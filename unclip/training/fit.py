@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.errors import ConfigError, DivergedError
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -43,7 +43,7 @@ MAX_SKIPPED, WINDOW = 10, 1000
 class TrainConfig(Config):
     """How to train. `batch` is global: over all processes and accumulation steps."""
 
-    out: str
+    out: Place
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -63,7 +63,7 @@ class TrainConfig(Config):
     keep: int = Field(default=2, ge=2)
     precision: Precision = "fp32"
     compile: bool = False
-    init: str | None = None
+    init: Place | None = None
 
 
 class Batch(Protocol):
@@ -131,6 +131,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise ConfigError(
             "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
         ) from None
+    except Exception as error:  # an installation that is broken
+        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
     for p in params:
         p.data = p.data.contiguous()  # it does so itself, but at the first step
     return AdamW8bit(groups, config.lr, config.betas, config.eps)
