@@ -30,6 +30,7 @@ from unclip.interop.settings import (
     to_scheduler,
     to_upsampler,
 )
+from unclip.models.layers import statistics
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage, read_stage
 
@@ -82,9 +83,10 @@ def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> 
     for name, stored in found.items():
         needs = None if stored.stage.kind == "upsampler" else encoder
         described = replace(stored.stage, encoder=needs).describe()
-        write_stage(out, name, described, stored.tensors, dtype)
+        exact = statistics(stored.stage.network)
+        write_stage(out, name, described, stored.tensors, dtype, exact)
         if (last := stored.last) is not None:
-            write_tensors(out / name / WEIGHTS_LAST, last, dtype)
+            write_tensors(out / name / WEIGHTS_LAST, last, dtype, exact)
     update_index(out, prior_candidates=CANDIDATES)
     return []
 
@@ -92,10 +94,10 @@ def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> 
 def _to_karlo(root: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
     names = [str(name) for name in read_index(root)["stages"]]
     found = {name: read_stage(root, name) for name in names if name != "clip"}
-    ups = [name for name in found if name.startswith("upsampler")]
+    ups = [name for name in found if found[name].stage.kind == "upsampler"]
     if "decoder" in found:
-        own = found["decoder"].stage.network.config.resolution
-        ups = [name for name in ups if found[name].stage.network.config.low == own]
+        own = found["decoder"].stage.side
+        ups = [name for name in ups if found[name].stage.low == own]
     chosen = [name for name in ("prior", "decoder", *ups[:1]) if name in found]
     parts: dict[str, Part] = {}
     notes: list[str] = []
@@ -131,7 +133,7 @@ def _to_karlo(root: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
 
 
 def _prior(stored: StoredStage) -> dict[str, Part]:
-    config = stored.stage.network.config
+    config = stored.stage.config
     read = partial(to_diffusers, prior_names(config), stored.tensors)
     return {
         layout.PRIOR: (to_prior(config), read),
@@ -140,7 +142,7 @@ def _prior(stored: StoredStage) -> dict[str, Part]:
 
 
 def _decoder(stored: StoredStage) -> dict[str, Part]:
-    config = stored.stage.network.config
+    config = stored.stage.config
     unet, text_proj = to_decoder(config)
     tensors = stored.tensors
     return {
@@ -151,7 +153,7 @@ def _decoder(stored: StoredStage) -> dict[str, Part]:
 
 
 def _upsampler(stored: StoredStage) -> dict[str, Part]:
-    config = stored.stage.network.config
+    config = stored.stage.config
     theirs, names = to_upsampler(config), unet_names(config.unet)
     return {
         layout.FIRST: (theirs, partial(to_diffusers, names, stored.tensors)),

@@ -78,7 +78,7 @@ class DecoderTask:
     def __init__(self, run: DecoderRun, clip: FrozenCLIP):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
-        self.model: nn.Module = Decoder(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Decoder(run.model)
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 

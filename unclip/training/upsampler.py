@@ -69,7 +69,7 @@ class UpsamplerTask:
     def __init__(self, run: UpsamplerRun):
         self.run = run
         self.name = f"upsampler_{run.model.high}"
-        self.model: nn.Module = Upsampler(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Upsampler(run.model)
         self.stage = Stage(
             self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
         )
