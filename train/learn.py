@@ -40,9 +40,6 @@ PAIRS = 120  # captions of two objects, one picture each
 ENLARGED = 48  # of each kind are also scored after upsampling
 RESTORED = 64  # pictures on which upsamplers are compared with bicubic
 
-BF16_UNITS = ("avx512_bf16", "amx_bf16")  # without them a CPU emulates bf16, slowly
-PRECISION = "bf16" if any(map(torch.cpu.get_capabilities().get, BF16_UNITS)) else "fp32"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -59,7 +56,7 @@ class Step:
 
     def command(self, out: Path) -> list[str]:
         """What is run, and what a person would type."""
-        overrides = [f"train.out={out / self.name}", f"train.precision={PRECISION}"]
+        overrides = [f"train.out={out / self.name}"]
         if self.reads_clip:
             overrides.append(f"clip={out / 'clip'}")
         return [f"train/{self.script}.py", str(self.config), *overrides]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
@@ -20,13 +19,13 @@ from unclip.diffusion.tiling import Tiled
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
+from unclip.progress import progress_bar
 from unclip.stages.kinds import kind_of
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
 # from 256 px up. An accelerator takes four times as many.
 CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
-BAR_AFTER = 2.0  # seconds before a progress bar appears
 
 # How a stage is drawn from by whoever holds the options: one sample for each generator.
 Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
@@ -140,9 +139,9 @@ class Stage:
         """
         chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
         starts = range(0, len(generators), chunk)
-        total, hide = config.steps * len(starts), not progress
+        total = config.steps * len(starts)
         parts = []
-        with tqdm(total=total, desc=self.name, disable=hide, delay=BAR_AFTER, leave=False) as bar:
+        with progress_bar(what=self.name, total=total, shown=progress) as bar:
             for start in starts:
                 rows = slice(start, start + chunk)
                 guess = self.guess(
