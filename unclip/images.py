@@ -6,6 +6,7 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -44,6 +45,8 @@ def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
     larger than `MAX_PIXELS` by its header (checked before anything is decoded).
     """
     label = name or str(source)
+    if isinstance(source, str | Path):
+        source = os.path.expanduser(source)
     try:
         data, turn = bare(_read(source, label))
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

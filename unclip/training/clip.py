@@ -28,9 +28,9 @@ from unclip.data.open import DataConfig, open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset
 from unclip.errors import ConfigError
+from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.precision import resolve_precision
 from unclip.training.task import load_weights
 from unclip.training.teacher import Teacher, TeacherConfig
 

@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.errors import ConfigError, DivergedError
+from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
 from unclip.training.checkpoint import (
@@ -32,7 +33,6 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
-from unclip.training.precision import Precision
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -43,7 +43,7 @@ class TrainConfig(Config):
     """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
     makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
-    out: str
+    out: Place
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -64,7 +64,7 @@ class TrainConfig(Config):
     precision: Precision = "fp32"
     compile: bool = False
     deterministic: bool = False
-    init: str | None = None
+    init: Place | None = None
 
 
 class Batch(Protocol):
@@ -136,6 +136,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise ConfigError(
             "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
         ) from None
+    except Exception as error:  # an installation that is broken
+        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
     for p in params:
         p.data = p.data.contiguous()  # it does so itself, but at the first step
     return AdamW8bit(groups, config.lr, config.betas, config.eps)
