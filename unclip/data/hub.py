@@ -17,6 +17,7 @@ from unclip.data.captions import KEYS, USUAL, Columns, captions_of, draw
 from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
 from unclip.images import fit_square, load_image, to_tensor
+from unclip.progress import without_bars
 
 PREFIX = "hf:"
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")  # where several hold them
@@ -99,7 +100,8 @@ def _load(spec: str, call: Callable[[Any], Any]) -> Any:
     except ImportError:
         raise ConfigError(f"data {spec!r} needs datasets: pip install 'unclip[train]'") from None
     try:
-        return call(datasets.load_dataset)
+        with without_bars(datasets.utils.logging):
+            return call(datasets.load_dataset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise DataError(f"data {spec!r} can't be loaded: {cause}") from None

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from unclip.data.captions import (
     USUAL,
@@ -45,6 +44,7 @@ from unclip.data.sample import MAX_BAD, Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.progress import progress_bar
 
 BLOCK = 512  # of a tar file
 CHUNK = 2**20
@@ -105,7 +105,7 @@ class Shards:
             raise DataError(f"data {name} names {twice[0]} twice")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(partial(read_index, texts=self._texts), shards)
-            indexes = list(tqdm(found, "index", len(shards), delay=2.0, leave=False, disable=None))
+            indexes = list(progress_bar(found, "index", len(shards)))
         self._entries = [index.entries for index in indexes]
         self._ends = list(accumulate(len(entries) for entries in self._entries))
         problems = dict.fromkeys(missing, "is not there")
