@@ -20,6 +20,7 @@ from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import ENTRY, Shards, read_index
 from unclip.errors import DataError
+from unclip.images import Fit
 
 ANY = torch.Generator()
 
@@ -253,7 +254,7 @@ def test_shards_pass_to_workers_whole(tmp_path: Path) -> None:
 
 
 def test_a_spawned_worker_is_sent_names_and_opens_the_indexes(tmp_path: Path) -> None:
-    dataset = Shards("x", many(tmp_path / "d", 3, each=200), 16)
+    dataset = Shards("x", many(tmp_path / "d", 3, each=200), Fit(16))
     sent = pickle.dumps(dataset)
     assert len(sent) < 1000  # bytes, for 600 samples of 34
     again = pickle.loads(sent)

@@ -16,7 +16,7 @@ import torch
 from unclip.data.captions import KEYS, clean
 from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
-from unclip.images import fit_square, load_image, to_tensor
+from unclip.images import Fit
 
 PREFIX = "hf:"
 CAPTIONS = (*KEYS, "captions", "TEXT")
@@ -28,8 +28,8 @@ class Rows:
     **Raises**: `DataError` when it has no column of pictures, or none of captions.
     """
 
-    def __init__(self, name: str, table: Any, resolution: int) -> None:
-        self.name, self.resolution = name, resolution
+    def __init__(self, name: str, table: Any, fit: Fit) -> None:
+        self.name, self.fit = name, fit
         columns = list(table.features)
         pictures = [column for column in columns if _holds_pictures(table.features[column])]
         captions = [column for column in CAPTIONS if column in columns]
@@ -62,11 +62,10 @@ class Rows:
         if not captions:
             raise DataError(f"{label} has an empty caption", "no caption")
         drawn = torch.randint(len(captions), (), generator=generator) if captions[1:] else 0
-        image = fit_square(load_image(io.BytesIO(data), label), self.resolution)
-        return Sample(to_tensor(image), captions[int(drawn)], label)
+        return Sample(self.fit.read(io.BytesIO(data), label), captions[int(drawn)], label)
 
 
-def open_hub(spec: str, resolution: int) -> Rows:
+def open_hub(spec: str, fit: Fit) -> Rows:
     """`hf:owner/name`, `hf:owner/name:split` or `hf:owner/name#config:split`; split train if none.
 
     **Raises**: `DataError` when there is no such dataset, configuration or split.
@@ -74,17 +73,17 @@ def open_hub(spec: str, resolution: int) -> Rows:
     name, _, split = spec.removeprefix(PREFIX).partition(":")
     name, _, config = name.partition("#")
     options = {"name": config or None, "split": split or "train"}
-    return Rows(spec, _load(spec, lambda load: load(name, **options)), resolution)
+    return Rows(spec, _load(spec, lambda load: load(name, **options)), fit)
 
 
-def open_parquet(spec: str, paths: Sequence[Path], resolution: int) -> Rows:
+def open_parquet(spec: str, paths: Sequence[Path], fit: Fit) -> Rows:
     """Parquet files with the pictures in them, one after the other.
 
     **Raises**: `DataError` when they aren't whole, or hold no pictures or captions.
     """
     files = [str(path) for path in paths]
     options = {"data_files": files, "split": "train"}
-    return Rows(spec, _load(spec, lambda load: load("parquet", **options)), resolution)
+    return Rows(spec, _load(spec, lambda load: load("parquet", **options)), fit)
 
 
 def _load(spec: str, call: Callable[[Any], Any]) -> Any:

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from unclip.config import Config
 from unclip.data.sample import Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.errors import DataError
+from unclip.images import Fit
+
+# One folder is one folder, with a slash behind it or without.
+Spec = Annotated[str, AfterValidator(lambda spec: spec.rstrip("/") or spec)]
 
 
 class DataConfig(Config):
     """What to train on: `emoji`, `shapes`, a folder, a table of captions, tar shards, or for a
-    prior a cache of embeddings."""
+    prior a cache of embeddings.
 
-    train: str
-    val: str | None = None
+    `fit` is how pictures of all shapes become squares of `resolution` pixels: on white (`pad`), or
+    for photographs cut out, at a random place (`crop`; previews in the middle) or always in the
+    `middle`. Those narrower than `min_side` are left out. `crop` then cuts all of them once more,
+    to so many pixels.
+    """
+
+    train: Spec
+    val: Spec | None = None
     resolution: int = Field(gt=0)
+    fit: Literal["pad", "crop", "middle"] = "pad"
+    min_side: int = Field(default=0, ge=0)
     crop: int | None = Field(default=None, gt=0)
     workers: int = Field(default=0, ge=0)
 
+    def open(self, spec: str, *, embeddings: bool = False) -> Dataset:
+        """The dataset that `train` or `val` names."""
+        fit = Fit(self.resolution, self.fit, self.min_side)
+        return open_dataset(spec, fit, embeddings=embeddings)
 
-def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dataset:
-    """The dataset that `data.train` names, with pictures of `resolution` pixels.
+
+def open_dataset(spec: str, fit: Fit | int, *, embeddings: bool = False) -> Dataset:
+    """The dataset that `data.train` names; a number for `fit` stands for padded squares of that.
 
     - `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`;
     - a folder of pictures; a `.jsonl`, `.csv` or `.parquet` of file names and captions;
@@ -38,30 +56,31 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
+    fit = Fit(fit) if isinstance(fit, int) else fit
     name, _, split = spec.partition(":")
     if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):
         raise DataError(f"{spec!r}: the parts of {name} are train and val, not {split!r}")
     if name in ("emoji", "emoji-vector"):
         from unclip.data.emoji import Emoji
 
-        return Emoji(resolution, split or "train", vector_only=name == "emoji-vector")
+        return Emoji(fit.size, split or "train", vector_only=name == "emoji-vector")
     if name == "shapes":
         from unclip.data.shapes import Shapes
 
-        return Shapes(resolution, split or "train")
+        return Shapes(fit.size, split or "train")
     if is_cache(spec):
         if not embeddings:
             raise DataError(f"{spec} holds embeddings, not pictures: only a prior learns from them")
         from unclip.data.cache import EmbeddingCache
 
-        return EmbeddingCache(Path(spec))
+        return Tolerant(EmbeddingCache(Path(spec)))
     if name == "hf":
         from unclip.data.hub import open_hub
 
-        return Tolerant(open_hub(spec, resolution))
+        return Tolerant(open_hub(spec, fit))
     from unclip.data.readers import open_path
 
-    return Tolerant(open_path(spec, resolution))
+    return Tolerant(open_path(spec, fit))
 
 
 def is_cache(spec: str) -> bool:

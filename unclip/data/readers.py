@@ -1,7 +1,7 @@
 """A person's own captioned pictures: folders with captions beside them, and tables of captions.
 
-R resolution. Pictures of any size and mode are padded to a square on white and resized with
-antialiasing. Nothing is unpickled, and names in tables can't lead out of their folder.
+Pictures of any size and mode become pixels by `Fit`. Nothing is unpickled, and names in tables
+can't lead out of their folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from unclip.data.hub import open_parquet
 from unclip.data.sample import Dataset, Sample
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
-from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def open_path(spec: str, resolution: int) -> Dataset:
+def open_path(spec: str, fit: Fit) -> Dataset:
     """A folder, a table or tar shards as a dataset; see `open_dataset`.
 
     **Raises**: `DataError` when nothing is there, pictures lack captions, or a shard is damaged.
@@ -40,21 +40,21 @@ def open_path(spec: str, resolution: int) -> Dataset:
         shards = sorted(path.glob("*.tar"))
         tables = [path / name for name in TABLES if (path / name).is_file()]
         if tables:
-            return Files(spec, _read_table(tables[0]), resolution)
-        return Shards(spec, shards, resolution) if shards else _open_folder(path, resolution)
+            return Files(spec, _read_table(tables[0]), fit)
+        return Shards(spec, shards, fit) if shards else _open_folder(path, fit)
     if path.is_file() and path.suffix in (".jsonl", ".csv", ".parquet"):
         if path.suffix == ".parquet" and "file_name" not in _columns(path):
-            return open_parquet(spec, [path], resolution)
-        return Files(spec, _read_table(path), resolution)
+            return open_parquet(spec, [path], fit)
+        return Files(spec, _read_table(path), fit)
     parts = {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     missing = [part for part, names in parts.items() if not names]
     if found and all(shard.suffix == ".tar" for shard in found):
-        return Shards(spec, found, resolution, missing)
+        return Shards(spec, found, fit, missing)
     if found and all(table.suffix == ".parquet" for table in found):
         if missing:
             raise DataError(f"data {spec!r}: {missing[0]} is not there")
-        return open_parquet(spec, found, resolution)
+        return open_parquet(spec, found, fit)
     if found:
         raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.6)
@@ -74,8 +74,8 @@ class Picture:
 class Files:
     """Pictures in separate files."""
 
-    def __init__(self, name: str, pictures: Sequence[Picture], resolution: int) -> None:
-        self.name, self.pictures, self.resolution = name, pictures, resolution
+    def __init__(self, name: str, pictures: Sequence[Picture], fit: Fit) -> None:
+        self.name, self.pictures, self.fit = name, pictures, fit
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -87,16 +87,15 @@ class Files:
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index` with its one caption; the generator is not drawn from."""
         picture = self.pictures[index]
-        image = fit_square(load_image(picture.path), self.resolution)
-        return Sample(to_tensor(image), picture.caption, picture.key)
+        return Sample(self.fit.read(picture.path), picture.caption, picture.key)
 
 
-def _open_folder(root: Path, resolution: int) -> Dataset:
+def _open_folder(root: Path, fit: Fit) -> Dataset:
     """Pictures in a folder and the folders below it, each with its caption in a .txt beside it;
     without any, the parquet files of the folder, which should hold them."""
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths and (tables := sorted(root.glob("*.parquet"))):
-        return open_parquet(str(root), tables, resolution)
+        return open_parquet(str(root), tables, fit)
     if not paths:
         raise DataError(f"no JPEG, PNG or WebP pictures in {root}")
     pictures, missing = [], []
@@ -111,7 +110,7 @@ def _open_folder(root: Path, resolution: int) -> Dataset:
     _complain(
         missing, len(paths), f"in {root} have no caption; write it to a .txt of the same name"
     )
-    return Files(str(root), pictures, resolution)
+    return Files(str(root), pictures, fit)
 
 
 def _read_table(table: Path) -> list[Picture]:

@@ -31,7 +31,7 @@ from unclip.data.captions import caption_of, clean, decode
 from unclip.data.sample import MAX_BAD, Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
-from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.images import SUFFIXES, Fit
 
 BLOCK = 512  # of a tar file
 CHUNK = 2**20
@@ -71,9 +71,9 @@ class Shards:
     """
 
     def __init__(
-        self, name: str, shards: Sequence[Path], resolution: int, missing: Sequence[str] = ()
+        self, name: str, shards: Sequence[Path], fit: Fit, missing: Sequence[str] = ()
     ) -> None:
-        self.name, self.resolution, self.shards = name, resolution, shards
+        self.name, self.fit, self.shards = name, fit, shards
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(read_index, shards)
             indexes = list(tqdm(found, "index", len(shards), delay=2.0, leave=False, disable=None))
@@ -109,7 +109,7 @@ class Shards:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A loader's worker opens the indexes itself, instead of being sent them."""
-        return Shards, (self.name, self.shards, self.resolution)
+        return Shards, (self.name, self.shards, self.fit)
 
     def place(self, index: int) -> str:
         """The shard that holds sample `index`."""
@@ -132,8 +132,8 @@ class Shards:
         except OSError as error:
             raise DataError(f"{shard} can't be read: {error}") from None
         caption = _caption(text, TEXTS[entry["text_form"]], label)
-        image = load_image(io.BytesIO(picture), label + SUFFIXES[entry["form"]])
-        return Sample(to_tensor(fit_square(image, self.resolution)), caption, label)
+        pixels = self.fit.read(io.BytesIO(picture), label + SUFFIXES[entry["form"]])
+        return Sample(pixels, caption, label)
 
 
 def read_index(shard: Path) -> ShardIndex:
