@@ -1,7 +1,7 @@
 """Captioned pictures in training order: which sample comes when is arithmetic on global ids.
 
-Sample number `step * batch + slot` is the same whatever
-the number of processes, so one process or eight see the same pictures and a run resumes exactly.
+Sample number `step * batch + slot` is the same whatever the number of processes, so one process or
+eight see the same pictures and a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -81,9 +81,33 @@ def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
         yield batch
 
 
+# Up to so many samples are shuffled as a whole. Of more, blocks of neighbours are, and then the
+# samples of each so many blocks: that takes no memory, and reads in few places at a time.
+WHOLE, BLOCK, BLOCKS = 2**20, 2**10, 2**6
+
+
+def index_of(seed: int, g: int, n: int) -> int:
+    """Which of n samples has global id g. Every pass is another permutation."""
+    epoch, place = divmod(g, n)
+    if n <= WHOLE:
+        return int(_permutation(seed, epoch, n)[place])
+    window, slot = divmod(place, BLOCK * BLOCKS)
+    first = window * BLOCK * BLOCKS
+    size = min(BLOCK * BLOCKS, n - first)
+    block, row = divmod(first + int(_window(seed, epoch, window, size)[slot]), BLOCK)
+    blocks = _permutation(seed, epoch, n // BLOCK)
+    # What is left after the last whole block keeps its place in the last window.
+    return (int(blocks[block]) if block < len(blocks) else block) * BLOCK + row
+
+
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
+def _permutation(seed: int, epoch: int, n: int) -> Tensor:
     return permutation(seed, epoch, n)
+
+
+@lru_cache(maxsize=4)
+def _window(seed: int, epoch: int, window: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, "window", epoch, window))
 
 
 @dataclass(frozen=True)
@@ -104,12 +128,8 @@ class _Slots:
         while True:
             for micro in range(self.accumulate):
                 first = step * self.batch + (micro * self.world + self.rank) * per
-                yield [(g, self._index(g)) for g in range(first, first + per)]
+                yield [(g, index_of(self.seed, g, self.n)) for g in range(first, first + per)]
             step += 1
-
-    def _index(self, g: int) -> int:
-        epoch, place = divmod(g, self.n)
-        return int(_order(self.seed, epoch, self.n)[place])
 
 
 class _ById(TorchDataset[Any]):

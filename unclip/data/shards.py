@@ -1,8 +1,8 @@
 """Tar shards in webdataset's layout (img2dataset's too): any sample by its number.
 
 `key.jpg` (or png, webp) with `key.txt` or `key.json`. Each shard is read once, to note where the
-pictures and captions lie and their checksums: 34 bytes a sample, kept in the cache folder and
-mapped from there. Nothing is unpickled or unpacked.
+pictures and captions lie and their checksums: 34 bytes a sample, kept in the cache folder, joined
+and mapped from there (`index`). Nothing is unpickled or unpacked.
 """
 
 from __future__ import annotations
@@ -10,24 +10,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 import warnings
 import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from unclip.data.captions import caption_of, clean, decode
+from unclip.data.index import check_open_files, index_all
 from unclip.data.sample import MAX_BAD, Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
@@ -74,14 +71,12 @@ class Shards:
         self, name: str, shards: Sequence[Path], fit: Fit, missing: Sequence[str] = ()
     ) -> None:
         self.name, self.fit, self.shards = name, fit, shards
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(read_index, shards)
-            indexes = list(tqdm(found, "index", len(shards), delay=2.0, leave=False, disable=None))
+        index = index_all(shards, read_index, str(FORMAT))
+        self._entries, self._ends = index.entries, index.ends
+        told = list(zip(map(str, shards), index.about, strict=True))
         bad = dict.fromkeys(missing, "is not there")
-        bad |= {str(s): i.problem for s, i in zip(shards, indexes, strict=True) if i.problem}
-        self._entries = [index.entries for index in indexes]
-        self._ends = list(accumulate(len(entries) for entries in self._entries))
-        lacking = {str(s): i.lacking for s, i in zip(shards, indexes, strict=True) if i.lacking}
+        bad |= {shard: about["problem"] for shard, about in told if about["problem"]}
+        lacking = {shard: about["lacking"] for shard, about in told if about["lacking"]}
         self._check(bad, lacking, len(shards) + len(missing))
 
     def _check(self, bad: dict[str, str], lacking: dict[str, int], shards: int) -> None:
@@ -122,7 +117,7 @@ class Shards:
         """
         number = bisect_right(self._ends, index)
         shard = self.shards[number]
-        entry = self._entries[number][index - (self._ends[number - 1] if number else 0)]
+        entry = self._entries[index]
         try:
             with shard.open("rb") as file:  # anew: processes share no position
                 name = _name(file, int(entry["image"]))
@@ -130,6 +125,7 @@ class Shards:
                 picture = _read(file, entry, "image", label)
                 text = _read(file, entry, "text", label)
         except OSError as error:
+            check_open_files(error)
             raise DataError(f"{shard} can't be read: {error}") from None
         caption = _caption(text, TEXTS[entry["text_form"]], label)
         pixels = self.fit.read(io.BytesIO(picture), label + SUFFIXES[entry["form"]])
@@ -148,8 +144,9 @@ def read_index(shard: Path) -> ShardIndex:
             about = json.loads(beside.read_text())
             entries = np.load(path, mmap_mode="r", allow_pickle=False)
             return ShardIndex(entries, about["problem"], about["lacking"])
-        except (OSError, ValueError, KeyError):
-            pass  # damaged: made again
+        except (OSError, ValueError, KeyError) as error:  # damaged: made again
+            if isinstance(error, OSError):
+                check_open_files(error)
     index = index_shard(shard)
     try:
         with replacing(path) as own, own.open("wb") as file:
@@ -177,6 +174,8 @@ def index_shard(shard: Path) -> ShardIndex:
                     parts = samples.setdefault(f"{folder}/{stem}", {})
                     parts["." + suffix.lower()] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
+        if isinstance(error, OSError):
+            check_open_files(error)
         problem = f"is not a whole, uncompressed tar file ({error})"
     with shard.open("rb") as file:  # tarfile takes a damaged header, or a cut, for the end
         file.seek(end)
