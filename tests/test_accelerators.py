@@ -26,7 +26,6 @@ from unclip.training.prior import train_prior
 from unclip.training.upsampler import train_upsampler
 
 STEPS = ["train.steps=2", "train.save_every=2", "train.sample_every=2", "train.log_every=1"]
-STEPS += ["train.warmup=0"]
 TRAIN: dict[str, Callable[..., Any]] = {
     "decoder": train_decoder,
     "prior": train_prior,

@@ -16,7 +16,8 @@ from torch import Tensor
 from unclip.clip.contrastive import contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
-from unclip.training.clip import AugmentConfig, ClipRun, drop_words, place
+from unclip.data.open import open_dataset
+from unclip.training.clip import AugmentConfig, ClipRun, ClipTask, drop_words, place
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = """
@@ -94,6 +95,20 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_large_validation_set_is_shown_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of 6,000 pictures took 650 MB and became a PNG of 18,000 pixels a side."""
+    monkeypatch.setattr("unclip.training.clip.MOST_SHOWN", 20)
+    more = [f"train.out={tmp_path}", "vocabulary=full", "model.vision_cfg.layers=1"]
+    config = load_config(ROOT / "configs" / "shapes" / "clip.yaml", more, ClipRun)
+    val = open_dataset("shapes:val", 32)  # 512
+    task = ClipTask(config, val, val)
+    shown = task.preview(task.model)
+    assert shown is not None and shown.size == (60, 60)
+    assert json.loads((tmp_path / "val.jsonl").read_text())["n"] == 20
 
 
 def test_retrieval_rank_counts_better_captions() -> None:
