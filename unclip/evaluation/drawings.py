@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip.files.disk import replacing
 from unclip.images import load_image, resize, to_pil
 from unclip.pipeline import UnCLIP
+from unclip.progress import progress_bar
 
 CHUNK = 16  # pictures that are drawn, and kept, together
 
@@ -42,7 +42,7 @@ class Kept:
     def draw(self, name: str, count: int, draw: Draw, together: int = CHUNK) -> list[Image.Image]:
         """Pictures 0 … count - 1: those of an earlier run, and the others by `draw`."""
         paths = [self.folder / f"{name}-{k:04d}.png" for k in range(count)]
-        with tqdm(total=count, desc=name, unit=" pictures") as bar:
+        with progress_bar(what=name, total=count) as bar:
             for start in range(0, count, together):
                 rows = range(start, min(start + together, count))
                 if not all(paths[k].is_file() for k in rows):
@@ -87,16 +87,17 @@ def drawers(
     side = network.config.resolution
     rows: dict[str, Draw] = {}
     real, z = group.real, group.z
-    if real is not None and z is not None:
+    if real is not None:
         rows["real"] = lambda k: [to_pil(x) for x in real(k)]
         rows["shrunk"] = lambda k: [to_pil(x) for x in resize(resize(real(k), side // 2), side)]
+    if z is not None:
         if network.layout is not None:
             rows["layout"] = lambda k: _layout(pipe, z[k.start : k.stop])
         rows["true"] = lambda k: pipe.image_from_embedding(
             z[k.start : k.stop], _captions(group, k), seed=k.start, size=side, **options
         )
     if pipe.prior is not None:
-        if real is not None:
+        if z is not None:
             rows["snapped"] = lambda k: pipe.image_from_embedding(
                 snap(pipe, _priors(pipe, group, k, options), z_train),
                 _captions(group, k),

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip.data.open import open_dataset
 from unclip.data.sample import Dataset, Sample, fixed
 from unclip.errors import ConfigError, DataError
 from unclip.evaluation.features import Remembered
 from unclip.images import to_uint8
+from unclip.progress import progress_bar
 from unclip.randomness import permutation
-from unclip.stages.stage import BAR_AFTER
 
 CHUNK = 64
 EMOJI_WORDING = "a {name} emoji in {style}"
@@ -99,7 +98,7 @@ def read_subjects(
     order = permutation(0, 0, len(dataset))[:count].tolist()
     captions: list[str] = []
     seen: dict[str, list[Tensor]] = {name: [] for name in networks}
-    with tqdm(total=len(order), desc=f"looking at {spec}", delay=BAR_AFTER) as bar:
+    with progress_bar(what=f"looking at {spec}", total=len(order)) as bar:
         for start in range(0, len(order), CHUNK):
             rows = order[start : start + CHUNK]
             samples = [fixed(dataset, k) for k in rows]
