@@ -33,7 +33,17 @@ from unclip.training.ema import EMA
 from unclip.training.sharding import put, wholes
 
 # What may differ between weights and the run that starts from them.
-FREE = ("dropout", "checkpointing", "low", "high", "resolution", "steps", "schedule")
+FREE = {
+    "dropout",
+    "checkpointing",
+    "low",
+    "high",
+    "resolution",
+    "steps",
+    "schedule",
+    "weight",
+    "bias",
+}
 
 
 class Saves(Protocol):
