@@ -75,11 +75,14 @@ class Batch(Protocol):
 class Task(Protocol):
     """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
 
+    A task whose model has parts that only help in training names the rest `product`: the module
+    that is averaged, saved and started from.
+
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
     ids. `preview` draws with fixed seeds, on every process. `save` gets tensors by the names of
-    `model.state_dict()` and keeps these.
+    `product.state_dict()` and keeps these.
     """
 
     name: str
@@ -152,11 +155,11 @@ def fit(
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    run = Path(config.out)
+    run, product = Path(config.out), getattr(task, "product", task.model)
     with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
         if newest is None and config.init is not None:
-            load_init(task, task.model, config.init)
+            load_init(task, product, config.init)
         elif newest is None and begin is not None:
             begin()
         task.model.train()
@@ -166,7 +169,7 @@ def fit(
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
+            task.model, build_optimizer(task.model, config), EMA(product, config.ema)
         )
         if newest is not None:
             load_checkpoint(newest, task, state)
