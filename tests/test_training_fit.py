@@ -437,6 +437,7 @@ def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> 
     assert_close(network.state_dict(), first.network.state_dict())
 
 
+@pytest.mark.bf16
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
     run(config(tmp_path / "a"))
     settings = config(tmp_path / "b", precision="bf16")
