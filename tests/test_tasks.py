@@ -275,6 +275,7 @@ def test_accelerate_launch_trains_a_decoder_on_two_processes(model_folder, tmp_p
         *("--num_processes", "2", "--main_process_port", "0", "train/decoder.py", str(config)),
         *("train.steps=2", f"train.out={out}", "train.log_every=1", "train.save_every=2"),
         "train.sample_every=100",
+        "train.precision=fp32",
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -229,6 +229,19 @@ def test_steps_skipped_long_ago_are_forgotten(
     assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40
 
 
+def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(tmp_path / "soon"))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("unclip.training.log.NEWS_EVERY", 0.0)
+    run(config(tmp_path / "late"))
+    said, drawn = capsys.readouterr()
+    steps = [line.partition(":")[0] for line in said.splitlines()]
+    assert steps == [f"step {step} of 12" for step in (4, 8, 12)]
+    assert f"loss {lines(tmp_path / 'late')[-1]['loss']:.4g}" in said and drawn == ""
+
+
 def test_entries_are_averaged_over_the_samples_that_have_them(tmp_path: Path) -> None:
     """Here the odd ones; a skipped step counts in no mean."""
     settings = config(tmp_path, {"bad_from": 1, "bad_until": 2}, steps=3, log_every=3, lr=1e-12)
@@ -436,6 +449,7 @@ def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> 
     assert_close(network.state_dict(), first.network.state_dict())
 
 
+@pytest.mark.bf16
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
     run(config(tmp_path / "a"))
     settings = config(tmp_path / "b", precision="bf16")
