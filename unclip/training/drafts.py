@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import randomness
@@ -50,7 +51,9 @@ def fit_layout(
     """
     layout = decoder.layout
     assert layout is not None
-    parts = [(z, resize(x, layout.side)) for z, x in _embedded(clip, dataset, LAYOUT_COUNT)]
+    parts = [
+        (z, resize(x, layout.side).clamp(-1, 1)) for z, x in _embedded(clip, dataset, LAYOUT_COUNT)
+    ]
     device = layout.out.weight.device  # not the encoder's before the run has begun
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
@@ -88,8 +91,9 @@ def fit_draft(
     null = scale(clip.null_text.embed.to(device))  # (1, D)
     text = scale(text)
     # Fitted where every direction counts alike, three times faster; the first layer then turns.
-    _, spread, axes = torch.linalg.svd(text, full_matrices=False)
-    spread = spread / len(text) ** 0.5
+    few = len(text) < text.shape[1]  # captions: in the other directions they don't differ
+    _, spread, axes = torch.linalg.svd(text, full_matrices=few)
+    spread = F.pad(spread, (0, len(axes) - len(spread))) / len(text) ** 0.5  # (D,)
     turn = axes / spread.clamp(min=DRAFT_FLOOR)[:, None]  # (D, D)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
