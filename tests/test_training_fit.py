@@ -63,15 +63,18 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def test_resumed_run_equals_an_uninterrupted_one_byte_for_byte(tmp_path: Path) -> None:
-    dropout = {"dropout": 0.3}
-    straight = run(config(tmp_path / "a", dropout, accumulate=2))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_an_uninterrupted_one_byte_for_byte(
+    tmp_path: Path, optimizer: str
+) -> None:
+    dropout, train = {"dropout": 0.3}, {"accumulate": 2, "optimizer": optimizer}
+    straight = run(config(tmp_path / "a", dropout, **train))
     with pytest.raises(RuntimeError, match="crash"):
-        run(config(tmp_path / "b", {**dropout, "crash_at": 7}, accumulate=2))
+        run(config(tmp_path / "b", {**dropout, "crash_at": 7}, **train))
     assert resolve_folder(tmp_path / "b").name == "step-5"
     (tmp_path / "b" / "config.yaml").write_text((tmp_path / "a" / "config.yaml").read_text())
     torch.manual_seed(99)
-    resumed = run(config(tmp_path / "b", dropout, accumulate=2))
+    resumed = run(config(tmp_path / "b", dropout, **train))
     assert straight.name == resumed.name == "step-12"
     assert_same_checkpoint(straight, resumed)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import randomness
@@ -52,7 +53,7 @@ def fit_layout(
     assert layout is not None and config is not None
     device = layout.out.weight.device
     parts = [
-        (z, resize(batch.images.to(device), config.side).flatten(1))
+        (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
         for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
     ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
@@ -91,8 +92,9 @@ def fit_draft(
     null = scale(clip.null_text.embed.to(device))  # (1, D)
     text = scale(text)
     # Fitted where every direction counts alike, three times faster; the first layer then turns.
-    _, spread, axes = torch.linalg.svd(text, full_matrices=False)
-    spread = spread / len(text) ** 0.5
+    few = len(text) < text.shape[1]  # captions: in the other directions they don't differ
+    _, spread, axes = torch.linalg.svd(text, full_matrices=few)
+    spread = F.pad(spread, (0, len(axes) - len(spread))) / len(text) ** 0.5  # (D,)
     turn = axes / spread.clamp(min=DRAFT_FLOOR)[:, None]  # (D, D)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from unclip.training.sharding import largest_unit
 from unclip.training.upsampler import UpsamplerRun
 
 GB = 1e9
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes a parameter, about
 RUNS: dict[str, type[Config]] = {
     "prior": PriorRun,
     "decoder": DecoderRun,
@@ -115,7 +116,7 @@ def plan(path: str | Path, overrides: list[str], gpus: int, shard: bool = False)
         micro_batch=micro,
         weights=4 * (trained + frozen) // share,
         gradients=4 * trained // share,
-        optimizer=(8 if run.train.optimizer == "adamw" else 2) * trained // share,
+        optimizer=MOMENTS[run.train.optimizer] * trained // share,
         ema=4 * trained // share,
         # Two units' weights, because the next one is fetched ahead, and one's gradients.
         gathered=12 * largest_unit(network) if shard and gpus > 1 else 0,
