@@ -407,6 +407,15 @@ def test_columns_of_other_names(folder: Path) -> None:
             open_dataset(str(path), 8, columns=Columns("long", "path"))
 
 
+def test_tables_may_lie_further_down(folder: Path) -> None:
+    for part in ("train", "validation"):
+        (folder / part).mkdir()
+        (folder / part / "a.jpg").write_bytes((folder / "000.jpg").read_bytes())
+        table(folder / part, '{"file_name": "a.jpg", "text": "x"}', name="metadata.jsonl")
+    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
+        assert read(folder) == {"train/a.jpg": "x"}
+
+
 def test_tables_that_are_none_are_named(folder: Path) -> None:
     for lines, said in (
         ([], "has no header"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from unclip.errors import DataError
 
-# Written by macOS, a NAS and Windows beside people's files, as much is that begins with a dot.
-NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+# What systems keep beside people's files, as they do much that begins with a dot.
+NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def is_hidden(name: str) -> bool:

@@ -11,7 +11,6 @@ import glob
 import os
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from unclip.data.captions import USUAL, Columns
@@ -25,6 +24,7 @@ from unclip.errors import DataError
 from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
+METADATA = [f"metadata{suffix}" for suffix in TABLES]
 
 
 def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
@@ -55,11 +55,10 @@ def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
 
 
 def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
-    """By what lies in it: a table called metadata, tar files, or in the folders below, too,
+    """By what lies in it: a table called metadata, tar files, or in the folders below, too, tables,
     pictures, parquet files that hold pictures, tar files."""
     root = Path(spec)
-    tables = [root / f"metadata{suffix}" for suffix in TABLES]
-    for table in filter(os.path.isfile, tables):
+    for table in filter(os.path.isfile, (root / name for name in METADATA)):
         return _open_table(spec, table, fit, columns)
     files = files_below(root)
     pictures, shards = with_suffix(files, *SUFFIXES), with_suffix(files, ".tar")
@@ -72,6 +71,9 @@ def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
         )
     if here:
         return Shards(spec, here, fit, root, columns=columns)
+    if tables := [path for path in files if path.name in METADATA[:2]]:
+        tables = _for_training(spec, root, tables)
+        return Files(spec, [p for t in tables for p in read_table(t, columns, root)], fit)
     if pictures:
         return Files(spec, read_folder(root, files), fit)
     if parquet := with_suffix(files, ".parquet"):
@@ -89,7 +91,7 @@ def _open_table(spec: str, table: Path, fit: Fit, columns: Columns) -> Dataset:
     return Files(spec, read_table(table, columns), fit)
 
 
-def _for_training(spec: str, root: Path, tables: Sequence[Path]) -> Sequence[Path]:
+def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
     """Where some files are called train, as in datasets of the hub, others are held out."""
     train = [
         path
@@ -98,8 +100,7 @@ def _for_training(spec: str, root: Path, tables: Sequence[Path]) -> Sequence[Pat
     ]
     if train and len(train) < len(tables):
         warnings.warn(
-            f"data {spec}: {len(train)} of {len(tables)} parquet files are called train; the "
-            "others are not read",
+            f"data {spec}: {len(train)} of {len(tables)} tables are called train; others aren't read",
             stacklevel=5,
         )
     return train or tables

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ SHOWN = 120  # characters of a bad row
 Row = tuple[str, Mapping[str, Any] | DataError]  # where it stands, and what it holds or why not
 
 
-def read_table(table: Path, columns: Columns) -> list[Picture]:
-    """The pictures that a table names, below its folder, with their captions.
+def read_table(table: Path, columns: Columns, below: Path | None = None) -> list[Picture]:
+    """The pictures that a table names, below its folder, with their captions; their keys are names
+    in that folder, or in one above it (`below`).
 
     **Raises**: `DataError` when more than 5 % of the rows can't be used, or it is no table.
     """
     root = os.path.abspath(table.parent)
     damage = Damage(str(table), "rows")
+    front = "" if below is None else f"{table.parent.relative_to(below).as_posix()}/"
     pictures = []
     for place, row in _rows(table, columns):
         try:
-            pictures.append(_picture(root, place, row, columns))
+            picture = _picture(root, place, row, columns)
+            pictures.append(replace(picture, key=printable(front) + picture.key))
         except DataError as error:
             damage.add(error.kind, str(error))
     if not pictures and not damage.kinds:
