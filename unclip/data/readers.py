@@ -100,7 +100,7 @@ def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
     ]
     if train and len(train) < len(tables):
         warnings.warn(
-            f"data {spec}: {len(train)} of {len(tables)} tables are called train; others aren't read",
+            f"data {spec}: {len(train)} of {len(tables)} tables are called train, and read",
             stacklevel=5,
         )
     return train or tables
