@@ -25,14 +25,7 @@ from test_tasks import tiny
 from torch.testing import assert_close
 
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import (
-    CachePlan,
-    EmbeddingCache,
-    Joined,
-    begin_cache,
-    finish_cache,
-    write_cache,
-)
+from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import fixed
@@ -40,10 +33,18 @@ from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_pil
 from unclip.randomness import generator
 from unclip.training.decoder import train_decoder
+from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.training.prior import PriorRun, PriorTask, train_prior
 
 ROOT = Path(__file__).parents[1]
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What these tests keep goes nowhere else."""
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept" / "metadata"
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,61 @@ def test_layouts_of_clip_retrieval_are_read(tmp_path: Path, clip: FrozenCLIP) ->
         cache.check_encoder(wide, "wide")
 
 
+def large(folder: Path, tables: int = 30, rows: int = 50) -> Path:
+    """A cache of many files; the key of row n is `k n`, some captions are missing."""
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    for number in range(tables):
+        first = number * rows
+        z = np.arange(first, first + rows, dtype=np.float16)[:, None].repeat(4, 1)
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", z)
+        table = {
+            "url": [f"k {n}" for n in range(first, first + rows)],
+            "TEXT": [f"row {n}" if n % 10 else None for n in range(first, first + rows)],
+        }
+        path = folder / "metadata" / f"metadata_{number}.parquet"
+        pq.write_table(pa.table(table), path, row_group_size=7)
+    return folder
+
+
+def held() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_keys_and_captions_are_mapped_from_one_file(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stood in the memory of every process, 80 to 100 bytes a row, and a descriptor a file."""
+    root, before, anonymous = large(tmp_path / "cache"), held(), pa.total_allocated_bytes()
+    cache = EmbeddingCache(root)
+    assert held() <= before + 1
+    assert pa.total_allocated_bytes() - anonymous < 10_000
+    for n in (0, 49, 50, 777, 1499):
+        row = cache.get(n, torch.Generator())
+        assert (row.key, row.caption) == (f"k {n}", f"row {n}" if n % 10 else "")
+        assert row.z_image is not None and row.z_image.tolist() == [n] * 4
+    monkeypatch.setattr("unclip.data.metadata._convert", lambda *_: pytest.fail("made again"))
+    assert EmbeddingCache(root).key(1499) == "k 1499"
+    monkeypatch.undo()
+    monkeypatch.setenv("UNCLIP_CACHE", str(kept.parent))
+    (made,) = kept.glob("*.arrow")
+    made.write_bytes(made.read_bytes()[:-30])
+    assert EmbeddingCache(root).key(1499) == "k 1499"  # damaged: made again
+    monkeypatch.setenv("UNCLIP_CACHE", str(made))  # no folder: nothing can be kept
+    assert EmbeddingCache(root).key(1499) == "k 1499"
+
+
+def test_rows_are_found_by_key(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = EmbeddingCache(large(tmp_path / "cache"))
+    assert [[*cache.rows(key)] for key in ("k 0", "k 1234", "k 1500")] == [[0], [1234], []]
+    assert isinstance(cache._by_key, np.memmap)
+    monkeypatch.setattr("unclip.data.metadata.hash_of", lambda key: len(key))  # many collide
+    monkeypatch.setattr("unclip.data.cache.hash_of", lambda key: len(key))
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "other"))
+    again = EmbeddingCache(tmp_path / "cache")
+    assert [[*again.rows(key)] for key in ("k 7", "k 1234", "k 1500")] == [[7], [1234], []]
+
+
 def damaged(root: Path, name: str) -> None:
     array, table = root / "img_emb" / "img_emb_00001.npy", root / "metadata"
     if name == "truncated":
@@ -344,7 +400,7 @@ def damaged(root: Path, name: str) -> None:
         ("not finite", "row 0 of shard 1 is not finite"),
         ("narrower", "img_emb_00001.npy has embeddings of width 8, others here of 16"),
         ("no captions", "has no captions for shard 1"),
-        ("fewer captions", "shard 1 has 324 embeddings but 323 captions"),
+        ("fewer captions", "img_emb_00001.npy has 324 embeddings but 323 captions"),
         ("no columns", "has the columns a; expected one of key"),
         ("not parquet", "metadata_00001.parquet is not a whole parquet file"),
         ("incomplete", "is not complete; run train/embed.py again"),

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from unclip.data.captions import caption_of, clean, decode
-from unclip.data.index import check_open_files, index_all
-from unclip.data.sample import MAX_BAD, Sample, cache_folder
+from unclip.data.index import index_all
+from unclip.data.kept import cache_folder, check_open_files
+from unclip.data.sample import MAX_BAD, Sample
 from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import SUFFIXES, Fit
@@ -145,8 +146,7 @@ def read_index(shard: Path) -> ShardIndex:
             entries = np.load(path, mmap_mode="r", allow_pickle=False)
             return ShardIndex(entries, about["problem"], about["lacking"])
         except (OSError, ValueError, KeyError) as error:  # damaged: made again
-            if isinstance(error, OSError):
-                check_open_files(error)
+            check_open_files(error)
     index = index_shard(shard)
     try:
         with replacing(path) as own, own.open("wb") as file:
@@ -174,8 +174,7 @@ def index_shard(shard: Path) -> ShardIndex:
                     parts = samples.setdefault(f"{folder}/{stem}", {})
                     parts["." + suffix.lower()] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
-        if isinstance(error, OSError):
-            check_open_files(error)
+        check_open_files(error)
         problem = f"is not a whole, uncompressed tar file ({error})"
     with shard.open("rb") as file:  # tarfile takes a damaged header, or a cut, for the end
         file.seek(end)
