@@ -218,7 +218,7 @@ def test_a_row_that_is_not_finite_is_replaced(root: Path, tmp_path: Path) -> Non
     z[0] = np.nan
     np.save(array, z)
     dataset = open_dataset(str(tmp_path / "cache"), 16, embeddings=True)
-    with pytest.warns(UserWarning, match="row 0 of shard 1 is not finite. Another sample"):
+    with pytest.warns(UserWarning, match="row 700 of all is not finite. Another sample"):
         sample = fixed(dataset, ROWS)
     assert sample.z_image is not None and sample.z_image.isfinite().all()
     z[:100] = np.nan
@@ -275,6 +275,26 @@ def test_the_prior_trains_from_a_cache_alone(
     assert isinstance(given, PriorRun)
     assert (train_prior(given, Accelerator(cpu=True)) / "prior" / "model.safetensors").is_file()
     assert not list((tmp_path / "run" / "samples").glob("*")), "a cache has no pictures to show"
+
+
+def test_unit_vectors_are_not_taken_for_raw_embeddings(
+    root: Path, clip: FrozenCLIP, model_folder: Path, tmp_path: Path
+) -> None:
+    """LAION's embeddings are normalised; a Karlo's are not, and it learned nothing from them."""
+    EmbeddingCache(root).check_raw(clip)
+    for array in (copy(root, tmp_path / "unit") / "img_emb").glob("*.npy"):
+        z = np.load(array).astype(np.float32)
+        np.save(array, (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16))
+    (tmp_path / "unit" / "embeddings.json").unlink()
+    cache, loud = EmbeddingCache(tmp_path / "unit"), SimpleNamespace(norm=10.3)
+    with pytest.raises(DataError, match=r"norms are 1, .* about 10\.3; set model\.scale\.norm"):
+        cache.check_raw(loud)  # type: ignore[arg-type]
+    cache.check_raw(SimpleNamespace(norm=1.2))  # type: ignore[arg-type]  # it can't be told
+    more = [f"data.train={tmp_path / 'unit'}", "data.val=null", f"train.out={tmp_path / 'run'}"]
+    run = tiny("prior", model_folder, *more, "model.scale={kind: whiten}")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(DataError, match="normalised"):
+        patched.setattr(FrozenCLIP, "norm", 10.3)
+        train_prior(run, Accelerator(cpu=True))
 
 
 def test_a_cache_of_another_encoder_is_refused(root: Path, tmp_path: Path) -> None:
@@ -397,7 +417,7 @@ def damaged(root: Path, name: str) -> None:
     ("name", "message"),
     [
         ("truncated", "img_emb_00001.npy is not a whole .npy file"),
-        ("not finite", "row 0 of shard 1 is not finite"),
+        ("not finite", "img_emb_00001.npy: row 700 of all is not finite"),
         ("narrower", "img_emb_00001.npy has embeddings of width 8, others here of 16"),
         ("no captions", "has no captions for shard 1"),
         ("fewer captions", "img_emb_00001.npy has 324 embeddings but 323 captions"),

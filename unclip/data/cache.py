@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
@@ -34,6 +35,7 @@ from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.files.disk import read_json
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"
+PROBED = 256  # rows whose norms are looked at
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
@@ -90,12 +92,15 @@ class EmbeddingCache:
         """Row `index` with its one caption; the generator is not drawn from."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        z = self._row(index)
+        if not bool(z.isfinite().all()):
+            raise DataError(f"{self.place(index)}: row {index} of all is not finite", "not finite")
+        return Sample(None, self._metadata.caption(index), self.key(index), z)
+
+    def _row(self, index: int) -> Tensor:
         shard = bisect_right(self._ends, index)
         row = index - (self._ends[shard - 1] if shard else 0)
-        z = torch.from_numpy(self._arrays[shard].row(row).astype(np.float32))  # (D,)
-        if not bool(z.isfinite().all()):
-            raise DataError(f"{self.root}: row {row} of shard {shard} is not finite")
-        return Sample(None, self._metadata.caption(index), self.key(index), z)
+        return torch.from_numpy(self._arrays[shard].row(row).astype(np.float32))  # (D,)
 
     def key(self, row: int) -> str:
         """The key of one row."""
@@ -119,6 +124,18 @@ class EmbeddingCache:
                 f"data.fit = {fit}, but {self.root} has each picture's embedding with data.fit = "
                 f"{made or 'middle (or pad)'}: set that"
             )
+
+    def check_raw(self, clip: FrozenCLIP) -> None:
+        """What a scale needs that does not normalise. **Raises**: `DataError` for unit vectors."""
+        chosen = range(0, len(self), -(-len(self) // PROBED))
+        z = torch.stack([self._row(index) for index in chosen])
+        check_raw(
+            z[z.isfinite().all(1)],
+            lambda: clip.norm,
+            f"the embeddings of {self.root}",
+            "set model.scale.normalize = true (with kind whiten) or model.scale.kind = unit in "
+            "prior and decoder, or write raw ones with train/embed.py",
+        )
 
     def check_encoder(self, clip: FrozenCLIP, name: str) -> None:
         """**Raises**: `CheckpointError` if another encoder made the embeddings."""
