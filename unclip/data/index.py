@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
 from unclip.data.kept import THREADS, check_open_files, kept_at, made_once
 from unclip.files.disk import replacing
+from unclip.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def _join(own: Path, path: Path, shards: Sequence[Path], read: Read) -> None:
 def _all(shards: Sequence[Path], work: Callable[[Path], T]) -> list[T]:
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(work, shards)
-        return list(tqdm(found, "index", len(shards), delay=2.0, leave=False, disable=None))
+        return list(progress_bar(found, "index", len(shards)))
 
 
 def _in_memory(part: Part) -> tuple[np.ndarray, dict[str, Any]]:

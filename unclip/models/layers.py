@@ -153,8 +153,21 @@ class ScaleConfig(Config):
         return self.kind == "unit" or (self.kind == "whiten" and self.normalize)
 
 
-class EmbeddingScale(nn.Module):
-    """Raw CLIP embeddings to network inputs and back. Its statistics stay float32 always."""
+class Statistics(nn.Module):
+    """A module of numbers measured on training data, buffers that stay float32 always."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
+        # `model.to(bfloat16)` would round them to three digits.
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            if getattr(self, name).dtype != old.dtype:
+                setattr(self, name, old.to(getattr(self, name).device))
+        return self
+
+
+class EmbeddingScale(Statistics):
+    """Raw CLIP embeddings to network inputs and back."""
 
     mean: Tensor
     std: Tensor
@@ -207,12 +220,3 @@ class EmbeddingScale(nn.Module):
             )
         self.mean.copy_(mean)
         self.std.copy_(std)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingScale:
-        # `model.to(bfloat16)` would round the statistics to three digits.
-        kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            if getattr(self, name).dtype != old.dtype:
-                setattr(self, name, old.to(getattr(self, name).device))
-        return self

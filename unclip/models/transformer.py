@@ -103,6 +103,19 @@ class Transformer(nn.Module):
             x, _ = run(block, x, mask, before, checkpointing=self.config.checkpointing)
         return self.norm(x)  # (B, N, W)
 
+    def extend(
+        self, x: Tensor, mask: Tensor | None, past: list[KeyValue]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The next positions, and the keys and values of all: decoding one by one.
+
+        **Shapes**: x (B, N, W); mask broadcast to (B, H, N, P + N) → (B, N, W).
+        """
+        longer = []
+        for block, before in zip(self.blocks, past, strict=True):
+            x, kv = block(x, mask, before)
+            longer.append(kv)
+        return self.norm(x), longer
+
     def encode(self, x: Tensor, mask: Tensor | None) -> list[KeyValue]:
         """Keys and values of every layer, for positions that later ones attend to.
 

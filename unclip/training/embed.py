@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from tqdm import tqdm
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
@@ -33,6 +32,7 @@ from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import ConfigError, DataError, exit_on_error
 from unclip.files.disk import read_json, sync, write_json
 from unclip.images import Fit
+from unclip.progress import progress_bar
 from unclip.randomness import generator
 
 FORMAT = 1
@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with state.main_process_first():
             begin_cache(given.out, clip, plan)
         shown = state.is_main_process
-        with tqdm(total=total // state.num_processes, desc="embed", disable=not shown) as bar:
+        each = total // state.num_processes
+        with progress_bar(what="embed", total=each, shown=shown) as bar:
             rate = write_cache(
                 given.out,
                 dataset,

@@ -1,0 +1,78 @@
+"""Drawing from the autoregressive prior: guidance, temperature and top-p, with a cache (2.2).
+
+B batch, D CLIP embedding, V buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unclip.conditioning import Cond, TextEncoding
+from unclip.config import Config
+from unclip.models.ar_prior import ArPrior
+
+
+class ArSamplingConfig(Config):
+    """`guidance` 1 is off; `top_p` keeps the likeliest buckets that hold that much together."""
+
+    guidance: float = 1.0
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+@torch.no_grad()
+def sample_autoregressive(
+    model: ArPrior,
+    cond: Cond,
+    config: ArSamplingConfig,
+    generators: Sequence[torch.Generator],
+    *,
+    null_text: TextEncoding | None = None,
+    on_step: Callable[[], Any] | None = None,
+) -> Tensor:
+    """Draw one embedding for each generator, its components one after the other.
+
+    The dot product with the text embedding is drawn evenly from the top half of its distribution,
+    as the paper does. Sample k depends on its own generator (CPU) alone: one uniform number for the
+    dot product, then one a component.
+
+    **Shapes**: cond has B rows of text; generators B → (B, D) float32, unit norm.
+    """
+    k, dots = model.config.components, model.config.dot_buckets
+    uniform = torch.stack([torch.rand(k + 1, generator=g) for g in generators]).to(cond.device)
+    guided = config.guidance != 1
+    ready = model.prepare(Cond.cat([cond.null(null_text), cond]) if guided else cond)
+    token = dots // 2 + (uniform[:, 0] * (dots - dots // 2)).long()  # (B,)
+    numbers = []
+    for place in range(k):
+        given = torch.cat([token, token]) if guided else token
+        logits, ready = model.step(given, place, ready)
+        logits = logits.float()
+        if guided:
+            without, with_ = logits.chunk(2)
+            logits = without + config.guidance * (with_ - without)  # (B, V)
+        token = choose(logits, uniform[:, place + 1], config.temperature, config.top_p)
+        numbers.append(token)
+        if on_step is not None:
+            on_step()
+    return model.quantizer.dequantize(torch.stack(numbers, dim=1))
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One number a row by inverse transform: the likeliest ones first, as far as `top_p` reaches.
+
+    **Shapes**: logits (B, V), uniform (B,) in [0, 1) → (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    total = p.cumsum(-1)
+    p = p.masked_fill(total - p >= top_p, 0)  # the likeliest always stays
+    total = p.cumsum(-1)
+    place = (total <= uniform[:, None] * total[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+    return order.gather(-1, place[:, None])[:, 0]
