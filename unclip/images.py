@@ -24,7 +24,6 @@ from unclip.errors import DataError
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-TOO_SMALL = "too small"  # the kind of error that tells a picture that isn't wanted from a bad one
 MAX_BYTES = 2**30  # of a file: twice what `MAX_PIXELS` take in 16-bit RGBA
 UPRIGHT = (  # by EXIF's orientation, from 2 on
     Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +34,7 @@ UPRIGHT = (  # by EXIF's orientation, from 2 on
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
+TOO_SMALL = "too small"  # the kind of error that tells a picture that isn't wanted from a bad one
 
 
 def load_image(

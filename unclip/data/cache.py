@@ -152,13 +152,16 @@ class EmbeddingCache:
 class Joined:
     """Pictures with their embeddings out of a cache, found by key.
 
-    Its keys are those that the dataset gives, as `train/embed.py` writes them, whether it was named
-    by a relative path or an absolute one; or img2dataset's: the name of a sample without its shard.
+    Its keys are those that the dataset gives, as `train/embed.py` writes them; shards of tar files
+    may also stand there by any path that leads to them, as earlier versions wrote it, or not at all
+    as img2dataset does.
     Of rows with one key, the first counts.
     """
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
         self.name, self.dataset, self.cache = dataset.name, dataset, cache
+        inner = getattr(dataset, "dataset", dataset)  # of a `Tolerant`
+        self._root = Path(getattr(inner, "root", ""))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,19 +169,24 @@ class Joined:
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index` with its embedding. **Raises**: `DataError` if the cache has none."""
         sample = self.dataset.get(index, generator)
-        row = next((row for key in _spellings(sample.key) for row in self.cache.rows(key)), None)
+        row = next(
+            (row for key in _spellings(sample.key, self._root) for row in self.cache.rows(key)),
+            None,
+        )
         if row is None:
             raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
         return replace(sample, z_image=self.cache.get(row, generator).z_image)
 
 
-def _spellings(key: str) -> Iterator[str]:
+def _spellings(key: str, root: Path) -> Iterator[str]:
     """A sample's key as the cache may have it."""
     shard, colon, name = key.rpartition(":")
     yield key
     if colon:
-        yield from (f"{same(shard)}:{name}" for same in (os.path.abspath, os.path.relpath))
-        yield f"{os.path.realpath(shard)}:{name}"
+        path = root / shard
+        yield from (
+            f"{same}:{name}" for same in (path, os.path.abspath(path), os.path.relpath(path))
+        )
         yield name
 
 

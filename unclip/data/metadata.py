@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unclip.data.kept import check_open_files, kept_at, made_once
-from unclip.data.readers import arrow
+from unclip.data.tables import arrow
 from unclip.errors import DataError
 from unclip.files.disk import sync
 

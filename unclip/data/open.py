@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from unclip.config import Config
+from unclip.data.captions import USUAL, Columns
 from unclip.data.sample import Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.errors import DataError
@@ -25,6 +26,9 @@ class DataConfig(Config):
     for photographs cut out, at a random place (`crop`; previews in the middle) or always in the
     `middle`. Those narrower than `min_side` are left out. `crop` then cuts all of them once more,
     to so many pixels.
+
+    `caption` and `image` name the columns of a table that hold captions and pictures (or their
+    file names), where these aren't called as usual; of tar files, `caption` is a key in the .json.
     """
 
     train: Spec
@@ -34,14 +38,19 @@ class DataConfig(Config):
     min_side: int = Field(default=0, ge=0)
     crop: int | None = Field(default=None, gt=0)
     workers: int = Field(default=0, ge=0)
+    caption: str | None = None
+    image: str | None = None
 
     def open(self, spec: str, *, embeddings: bool = False) -> Dataset:
         """The dataset that `train` or `val` names."""
         fit = Fit(self.resolution, self.fit, self.min_side)
-        return open_dataset(spec, fit, embeddings=embeddings)
+        columns = Columns(self.caption, self.image)
+        return open_dataset(spec, fit, embeddings=embeddings, columns=columns)
 
 
-def open_dataset(spec: str, fit: Fit | int, *, embeddings: bool = False) -> Dataset:
+def open_dataset(
+    spec: str, fit: Fit | int, *, embeddings: bool = False, columns: Columns = USUAL
+) -> Dataset:
     """The dataset that `data.train` names; a number for `fit` stands for padded squares of that.
 
     - `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`;
@@ -77,10 +86,10 @@ def open_dataset(spec: str, fit: Fit | int, *, embeddings: bool = False) -> Data
     if name == "hf":
         from unclip.data.hub import open_hub
 
-        return Tolerant(open_hub(spec, fit))
+        return Tolerant(open_hub(spec, fit, columns))
     from unclip.data.readers import open_path
 
-    return Tolerant(open_path(spec, fit))
+    return Tolerant(open_path(spec, fit, columns))
 
 
 def is_cache(spec: str) -> bool:
