@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip.data.sample import Sample, cache_folder
+from unclip.data.kept import cache_folder
+from unclip.data.sample import Sample
 from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import fit_square, load_image, to_pixels, to_rgb

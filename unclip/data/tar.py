@@ -19,7 +19,7 @@ import numpy as np
 
 from unclip.data.captions import printable
 from unclip.data.folders import is_hidden
-from unclip.data.index import check_open_files
+from unclip.data.kept import check_open_files
 from unclip.images import SUFFIXES
 
 BLOCK = 512  # of a tar file

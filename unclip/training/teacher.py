@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.data.sample import cache_folder
+from unclip.data.kept import cache_folder
 from unclip.errors import ConfigError
 from unclip.files.disk import replacing
 
