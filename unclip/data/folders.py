@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def files_below(root: Path) -> list[Path]:
         below[:] = [name for name in below if is_new(os.path.join(folder, name))]
         found += [Path(folder, name) for name in files if not is_hidden(name)]
     return sorted(found)
+
+
+def fixed_part(pattern: str) -> str:
+    """What stands in a path before its first `*`, `?`, `[` or `{`."""
+    return re.split(r"[*?\[{]", pattern)[0]
 
 
 def with_suffix(paths: Sequence[Path], *suffixes: str) -> list[Path]:

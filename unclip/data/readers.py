@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from unclip.data.captions import USUAL, Columns
-from unclip.data.folders import files_below, with_suffix
+from unclip.data.folders import files_below, fixed_part, with_suffix
 from unclip.data.hub import holds_pictures, open_parquet
 from unclip.data.pictures import Files, read_folder
 from unclip.data.sample import Dataset
@@ -38,11 +38,13 @@ def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
         return _open_folder(spec, fit, columns)
     if path.is_file() and path.suffix.lower() in TABLES:
         return _open_table(spec, path, fit, columns)
-    parts = {part: _matches(part) for part in expand_braces(spec)}
+    literal = path.is_file()  # whatever signs are in its name
+    parts = {spec: [spec]} if literal else {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     missing = [part for part, names in parts.items() if not names]
     if found and all(shard.suffix.lower() == ".tar" for shard in found):
-        return Shards(spec, found, fit, _root(spec), missing, columns)
+        root = os.path.dirname(spec if literal else fixed_part(spec)) or "."
+        return Shards(spec, found, fit, Path(root), missing, columns)
     if found and all(table.suffix.lower() == ".parquet" for table in found):
         if missing:
             raise DataError(f"data {spec!r}: {missing[0]} is not there")
@@ -104,12 +106,6 @@ def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
             stacklevel=5,
         )
     return train or tables
-
-
-def _root(spec: str) -> Path:
-    """The folder below which a pattern looks."""
-    fixed = re.split(r"[*?\[{]", spec)[0]
-    return Path(os.path.dirname(fixed) or ".")
 
 
 def expand_braces(text: str) -> list[str]:
