@@ -69,7 +69,7 @@ def _picture(
         raise DataError(f"{place}, {name}", f"have no caption in {which}")
     if not os.path.isfile(path):
         raise DataError(f"{place} names {name!r}", f"name files that are not in {root}")
-    return Picture(Path(path), captions, printable(name))
+    return Picture(Path(path), captions, printable(os.path.relpath(path, root)))
 
 
 def _rows(table: Path, columns: Columns) -> Iterator[Row]:

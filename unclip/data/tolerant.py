@@ -56,8 +56,8 @@ class Tolerant:
         if self.bad > MAX_BAD * max(self.seen, min(len(self), 200)):
             worst = ", ".join(f"{name} ({n})" for name, n in self.bad_places.most_common(5))
             raise DataError(
-                f"{error}. {self.bad} of {self.seen} samples of {self.name} can't be used, most of "
-                f"them in {worst}"
+                f"{error}. {self.bad} of {max(self.seen, self.bad)} samples of {self.name} can't be "
+                f"used, most of them in {worst}"
             ) from None
 
     def _report(self, error: DataError) -> None:
