@@ -140,6 +140,8 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
         cache.check_fit(run.data.fit)
+        if not run.model.scale.normalizes:
+            cache.check_raw(clip)
         dataset = Tolerant(Joined(dataset, cache))
 
     def begin() -> None:

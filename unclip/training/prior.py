@@ -113,6 +113,8 @@ def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     clip = frozen_clip(run.clip, accelerator)
     if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
         dataset.dataset.check_encoder(clip, run.clip)
+        if not run.model.scale.normalizes:
+            dataset.dataset.check_raw(clip)
     task = PriorTask(run, clip, dataset)
 
     def begin() -> None:

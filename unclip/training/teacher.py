@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.data.sample import cache_folder
+from unclip.data.kept import cache_folder
 from unclip.errors import ConfigError
 from unclip.files.disk import replacing
 from unclip.progress import progress_bar, without_bars
