@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,5 +115,9 @@ def run(config: TinyConfig, accelerator) -> Path:  # type: ignore[no-untyped-def
     return folder
 
 
+def start(*arguments: str) -> None:
+    main(TinyConfig, run, "Train the tiny task.", arguments)
+
+
 if __name__ == "__main__":
-    main(TinyConfig, run, "Train the tiny task.")
+    start(*sys.argv[1:])

@@ -31,13 +31,13 @@ from unclip.files.diffusers import (
     PROCESSOR,
     TEXT_ENCODER,
     TOKENIZER,
-    TOWER_WEIGHTS,
     Folder,
 )
-from unclip.files.disk import read_json, tally
+from unclip.files.disk import from_home, read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
+from unclip.progress import without_bars
 
 CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
 KEYS = ("missing", "unexpected", "mismatched")
@@ -60,7 +60,7 @@ def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
 
     **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
     """
-    path = Path(source)
+    path = from_home(source)
     if not path.is_dir():
         return _from_open_clip(source)
     if (path / PIPELINE).is_file():
@@ -153,10 +153,12 @@ def _from_open_clip(source: str) -> Parts:
 
 def _from_transformers(path: Path) -> Parts:
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers.utils import logging
 
     try:
         load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        both = CLIPModel.from_pretrained(path, **load)
+        with without_bars(logging):
+            both = CLIPModel.from_pretrained(path, **load)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a complete transformers CLIP folder: {error}"
@@ -196,17 +198,21 @@ def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
 
 
 def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     path = folder.parts[part]
-    folder.tensors(part, TOWER_WEIGHTS)  # refuses pickles and files that are cut short
+    folder.tensors(part)  # refuses pickles and files that are cut short
     try:
-        model, report = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=None if folder.allow_pickle else True,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with without_bars(logging):
+            model, report = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                variant=folder.variant,
+                local_files_only=True,
+                use_safetensors=None if folder.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} can't be used: {error}") from None
     wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}

@@ -166,10 +166,15 @@ class OpenClipTowers(nn.Module):
         return self.model.encode_image(pixels)  # type: ignore[operator]
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """**Shapes**: ids, mask (B, L) → tokens (B, L, W) after the final norm, embed (B, D)."""
+        """Of texts, or of their first L positions if no text is longer.
+
+        **Shapes**: ids, mask (B, L) → tokens (B, L, W) after the final norm, embed (B, D).
+        """
         text: Any = getattr(self.model, "text", self.model)
         x = text.token_embedding(ids)  # (B, L, W)
-        x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
+        length = ids.shape[1]
+        causal = text.attn_mask[:length, :length]
+        x = text.transformer(x + text.positional_embedding[:length], attn_mask=causal)
         x = text.ln_final(x)
         z = x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]  # (B, W) at the end token
         if isinstance(text.text_projection, nn.Linear):

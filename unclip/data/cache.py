@@ -29,8 +29,8 @@ from torch.utils.data import Dataset as TorchDataset
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
-from unclip.data.readers import arrow
 from unclip.data.sample import Dataset, Sample
+from unclip.data.tables import arrow
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.files.disk import read_json, sync, write_json
 from unclip.randomness import generator

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
 
-from unclip.config import Config
+from unclip.config import Config, Place
+from unclip.data.captions import USUAL, Columns
 from unclip.data.sample import Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.errors import DataError
@@ -14,16 +16,29 @@ from unclip.errors import DataError
 
 class DataConfig(Config):
     """What to train on: `emoji`, `shapes`, a folder, a table of captions, tar shards, or for a
-    prior a cache of embeddings."""
+    prior a cache of embeddings.
 
-    train: str
-    val: str | None = None
+    `caption` and `image` name the columns of a table that hold captions and pictures (or their
+    file names), where these aren't called as usual; of tar files, `caption` is a key in the .json.
+    """
+
+    train: Place
+    val: Place | None = None
     resolution: int = Field(gt=0)
     crop: int | None = Field(default=None, gt=0)
     workers: int = Field(default=0, ge=0)
+    caption: str | None = None
+    image: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """What tables call captions and pictures."""
+        return Columns(self.caption, self.image)
 
 
-def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dataset:
+def open_dataset(
+    spec: str, resolution: int, *, embeddings: bool = False, columns: Columns = USUAL
+) -> Dataset:
     """The dataset that `data.train` names, with pictures of `resolution` pixels.
 
     - `emoji`, `emoji-vector` (without the one raster set), `shapes`, each also with `:val`;
@@ -38,6 +53,7 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
+    spec = os.path.expanduser(spec)
     name, _, split = spec.partition(":")
     if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):
         raise DataError(f"{spec!r}: the parts of {name} are train and val, not {split!r}")
@@ -58,10 +74,10 @@ def open_dataset(spec: str, resolution: int, *, embeddings: bool = False) -> Dat
     if name == "hf":
         from unclip.data.hub import open_hub
 
-        return Tolerant(open_hub(spec, resolution))
+        return Tolerant(open_hub(spec, resolution, columns))
     from unclip.data.readers import open_path
 
-    return Tolerant(open_path(spec, resolution))
+    return Tolerant(open_path(spec, resolution, columns))
 
 
 def is_cache(spec: str) -> bool:

@@ -72,4 +72,6 @@ def fixed(dataset: Dataset, index: int) -> Sample:
 def cache_folder(what: str) -> Path:
     """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
     chosen = os.environ.get("UNCLIP_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "unclip") / what
+    return (
+        Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "unclip"
+    ) / what

@@ -161,6 +161,16 @@ class Statistics(nn.Module):
         return self
 
 
+def statistics(model: nn.Module) -> set[str]:
+    """Names in a model's state of all that `Statistics` hold, which stays float32 in files too."""
+    return {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, Statistics)
+        for name, _ in module.named_buffers()
+    }
+
+
 class EmbeddingScale(Statistics):
     """Raw CLIP embeddings to network inputs and back."""
 

@@ -61,7 +61,8 @@ class TrainState:
 @dataclass
 class Tensors:
     """What a checkpoint holds, each tensor whole: by the names of the model's state, the live
-    weights and buffers and, in their place, the averages; the optimizer's by their names in files.
+    weights and buffers; in place of those that the task saves, by the names of that part's state,
+    the averages; the optimizer's by their names in files.
     """
 
     live: dict[str, Tensor]
@@ -72,7 +73,8 @@ class Tensors:
 def gathered(state: TrainState, keep: bool) -> Tensors:
     """The state's tensors, put together from all processes; those that don't `keep` get none."""
     live = wholes(state.model.state_dict(), keep)
-    averaged = {**live, **wholes(state.ema.tensors(), keep)}
+    product = wholes(state.ema.model.state_dict(), keep)
+    averaged = {**product, **wholes(state.ema.tensors(), keep)}
     return Tensors(live, averaged, wholes(_optimizer_tensors(state), keep))
 
 

@@ -28,11 +28,14 @@ from unclip.data.open import DataConfig, open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset
 from unclip.errors import ConfigError
+from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.fit import TrainConfig, fit
+from unclip.training.precision import resolve_precision
+from unclip.training.teacher import Teacher, TeacherConfig
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
-# larger dataset.
-DRAWS, MANY = 8, 16_384
+# larger dataset; for a teacher to have read, a few more.
+DRAWS, TAUGHT_DRAWS, MANY = 8, 16, 16_384
 HALF = (0.5, 0.5, 0.5)  # the mean and the deviation that leave pixels in [-1, 1]
 
 
@@ -56,6 +59,8 @@ class ClipRun(Config):
     vocabulary: Literal["full", "data"]
     """Token embeddings for CLIP's whole vocabulary, or only for what the captions use."""
     augment: AugmentConfig
+    restore: RestoreConfig | None = None
+    teacher: TeacherConfig | None = None
     train: TrainConfig
 
 
@@ -73,33 +78,64 @@ class ClipTask:
                 f"model.vision_cfg.image_size = {size}"
             )
         context, vocabulary = config.model.text_cfg.context_length, None
+        self.teacher: Teacher | None = None
+        if config.teacher is not None:
+            captions = _captions(train, TAUGHT_DRAWS)
+            here = torch.device("cpu")  # the teacher stays there
+            half = resolve_precision(config.train.precision, here) == "bf16"
+            dtype = torch.bfloat16 if half else torch.float32
+            self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
         if config.vocabulary == "data":
-            vocabulary = vocabulary_of(_captions(train), context)
+            phrases = self.teacher.phrases if self.teacher is not None else []
+            vocabulary = vocabulary_of([*_captions(train), *phrases], context)
         self.tokenizer = BpeTokenizer(context, vocabulary)
         rows = int(self.tokenizer.rows.max()) + 1
         text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
         self.model_config = config.model.model_copy(update={"text_cfg": text})
         model = build_clip(self.model_config)
         # A quarter faster as a ResNet.
-        self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.product: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.product
+        if config.restore is not None or config.teacher is not None:
+            towers = OpenClipTowers(model, self.tokenizer, self.model_config)
+            width = self.teacher.width if self.teacher is not None else 0
+            self.model = AidedCLIP(towers, config.restore, config.teacher, width)
         self.step = 0
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        """**Shapes**: → loss, top1 (B,)."""
+        """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
         self.step = step + 1
         seed, augment = self.config.train.seed, self.config.augment
         images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
         ids, mask = self.tokenizer(batch.captions)  # (B, L)
         ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words).to(images.device)
+        if isinstance(self.model, AidedCLIP):
+            out = model(images, ids, mask.to(images.device), self._lesson(batch))
+            return self.model.losses(out, images, ids)
         z_image, z_text, scale = model(images, ids)  # (B, D) unit norm, (B, D) unit norm, ()
         return contrastive_loss(z_image, z_text, ids, scale)
+
+    def _lesson(self, batch: Batch) -> Lesson:
+        seed, device, restore = self.config.train.seed, batch.images.device, self.config.restore
+        noise: Tensor | None = None
+        if restore is not None and restore.noise > 0:
+            width = self.config.model.embed_dim
+            noise = randomness.normal(seed, "restore", batch.ids, (width,))  # (B, D)
+            noise = (restore.noise * width**-0.5 * noise).to(device)
+        if self.teacher is None:
+            return Lesson(noise)
+        phrases = self.teacher.draw(seed, batch.ids)
+        ids, mask = self.tokenizer(phrases)  # (B, L)
+        sentences, meant = self.teacher(batch.captions), self.teacher(phrases)  # (B, E)
+        taught = (part.to(device) for part in (sentences, meant, ids, mask))
+        return Lesson(noise, *taught)
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Image.Image | None:
         """Similarity of validation pictures (rows) and captions; retrieval goes to val.jsonl."""
         if self.val is None:
             return None
-        clip = self._frozen(copy.deepcopy(model))
+        clip = self._frozen(copy.deepcopy(self.product))
         samples = [self.val.get(i, randomness.generator(0, "val", i)) for i in range(len(self.val))]
         z_image = torch.cat(
             [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
@@ -109,6 +145,9 @@ class ClipTask:
         )  # (N, D)
         rank = retrieval_rank(z_image, z_text)
         scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+        if isinstance(self.model, AidedCLIP) and self.model.head is not None:
+            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+            scores["restored"] = round(self.model.error(z_image, x).mean().item(), 4)
         line = json.dumps({"step": self.step, **scores, "n": len(rank)})
         if PartialState().is_main_process:
             print(f"retrieval of validation captions: {line}", flush=True)
@@ -120,7 +159,7 @@ class ClipTask:
 
     def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage `clip`, which `FrozenCLIP.load` reads."""
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.product)
         model.load_state_dict(tensors)
         self._frozen(model).save(folder)
 
@@ -162,10 +201,10 @@ def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Gen
     return randomness.generator(seed, purpose, int(sample_id))
 
 
-def _captions(dataset: Dataset) -> Iterator[str]:
+def _captions(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
     stride = -(-len(dataset) // MANY)
     for index in range(0, len(dataset), stride):
-        for draw in range(DRAWS if stride == 1 else 1):
+        for draw in range(draws if stride == 1 else 1):
             yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch
@@ -51,9 +51,9 @@ class DecoderRun(Config):
     `jittered`), each by another share of it.
     """
 
-    clip: str
+    clip: Place
     data: DataConfig
-    embeddings: str | None = None
+    embeddings: Place | None = None
     model: DecoderConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
@@ -78,7 +78,7 @@ class DecoderTask:
     def __init__(self, run: DecoderRun, clip: FrozenCLIP):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
-        self.model: nn.Module = Decoder(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Decoder(run.model)
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -102,7 +102,7 @@ class DecoderTask:
         cond = self._cond(images, captions)
         out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
         rows = torch.cat([resize(images, side), out.cpu()])
-        return grid([to_pil(x) for x in rows], columns=PREVIEWS)
+        return grid([to_pil(x) for x in rows], columns=len(images))
 
     def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""

@@ -20,7 +20,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.model, self.decay = model, decay
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for _, p in trained), "train float32 weights"
         self.names = [name for name, _ in trained]

@@ -8,16 +8,16 @@ The same command again goes on; any number of processes share the work.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
+from unclip.files.disk import check_writable, from_home
+from unclip.progress import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Exit codes: 2 configuration, 3 data, 4 checkpoint.",
     )
     parser.add_argument("data", help="what data.train may name, for example emoji or a folder")
-    parser.add_argument("out", type=Path, help="the cache; begun ones are gone on with")
+    parser.add_argument("out", type=from_home, help="the cache; begun ones are gone on with")
     parser.add_argument("--clip", required=True, help="the frozen encoder")
     parser.add_argument("--resolution", type=int, help="of the pictures; the encoder's by default")
     parser.add_argument("--rounds", type=int, default=1, help="passes, each with other wordings")
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
+        check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available())
         clip = FrozenCLIP.load(given.clip, state.device)
         resolution = given.resolution or clip.preprocess.size
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with state.main_process_first():
             begin_cache(given.out, clip, plan)
         shown = state.is_main_process
-        with tqdm(total=total // state.num_processes, desc="embed", disable=not shown) as bar:
+        each = total // state.num_processes
+        with progress_bar(what="embed", total=each, shown=shown) as bar:
             rate = write_cache(
                 given.out,
                 dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.errors import ConfigError, DivergedError
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -32,6 +33,7 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
+from unclip.training.precision import Precision
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -41,7 +43,7 @@ MAX_SKIPPED, WINDOW = 10, 1000
 class TrainConfig(Config):
     """How to train. `batch` is global: over all processes and accumulation steps."""
 
-    out: str
+    out: Place
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -59,9 +61,9 @@ class TrainConfig(Config):
     sample_every: int = Field(ge=1)
     log_every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
-    init: str | None = None
+    init: Place | None = None
 
 
 class Batch(Protocol):
@@ -73,11 +75,14 @@ class Batch(Protocol):
 class Task(Protocol):
     """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
 
+    A task whose model has parts that only help in training names the rest `product`: the module
+    that is averaged, saved and started from.
+
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
     ids. `preview` draws with fixed seeds, on every process. `save` gets tensors by the names of
-    `model.state_dict()` and keeps these.
+    `product.state_dict()` and keeps these.
     """
 
     name: str
@@ -118,12 +123,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
     if any(isinstance(p, DTensor) for p in params):
         raise ConfigError("train.optimizer = adamw8bit can't be shared out; use adamw")
+    # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
             "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
         ) from None
+    except Exception as error:  # an installation that is broken
+        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
     for p in params:
         p.data = p.data.contiguous()  # it does so itself, but at the first step
     return AdamW8bit(groups, config.lr, config.betas, config.eps)
@@ -148,11 +157,11 @@ def fit(
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    run = Path(config.out)
+    run, product = Path(config.out), getattr(task, "product", task.model)
     with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
         if newest is None and config.init is not None:
-            load_init(task, task.model, config.init)
+            load_init(task, product, config.init)
         elif newest is None and begin is not None:
             begin()
         task.model.train()
@@ -162,7 +171,7 @@ def fit(
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(task.model, config.ema)
+            task.model, build_optimizer(task.model, config), EMA(product, config.ema)
         )
         if newest is not None:
             load_checkpoint(newest, task, state)
@@ -171,6 +180,8 @@ def fit(
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
+        if config.precision == "auto":
+            log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
             log.say(f"weights are shared out over {accelerator.num_processes} processes")
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)

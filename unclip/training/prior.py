@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, as_embeddings
 from unclip.data.open import DataConfig, is_cache, open_dataset
 from unclip.data.sample import Batch
@@ -42,7 +42,7 @@ from unclip.training.task import (
 class PriorRun(Config):
     """A training run of the diffusion prior; `clip` names the frozen encoder."""
 
-    clip: str
+    clip: Place
     data: DataConfig
     model: PriorConfig
     diffusion: DiffusionConfig
@@ -89,9 +89,10 @@ class PriorTask:
         z = model.scale.inverse(
             sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
         )
-        near = cosine_similarity(z[:, None], z_image[None], dim=-1).topk(4, dim=1).indices
+        similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
+        near = similar.topk(min(4, len(images)), dim=1).indices
         rows = [[k, *near[k].tolist()] for k in range(len(z))]
-        return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
+        return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
 
     def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""

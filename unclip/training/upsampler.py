@@ -69,7 +69,7 @@ class UpsamplerTask:
     def __init__(self, run: UpsamplerRun):
         self.run = run
         self.name = f"upsampler_{run.model.high}"
-        self.model: nn.Module = Upsampler(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Upsampler(run.model)
         self.stage = Stage(
             self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
         )
@@ -103,7 +103,7 @@ class UpsamplerTask:
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
         out = sample_preview(self.stage, model, cond, tuple(real.shape[1:]), None)
-        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=PREVIEWS)
+        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
 
     def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the stage in the model-folder format."""
