@@ -14,17 +14,17 @@ MEAN = 0.3
 
 def trailing(steps: int) -> list[int]:
     """Timesteps of a sampling of so many steps, noisiest first, where √ᾱ is at least 0.02."""
-    usable = int((DIFFUSION.alpha_bar.sqrt() >= 0.02).sum())
+    usable = DIFFUSION.levels(0.02)
     return [round((k + 1) * usable / steps) - 1 for k in range(steps)][::-1]
 
 
 def optimal(deviation: float):
     """The best x0 there is for pixels of N(MEAN, deviation²)."""
 
-    def guess(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha_bar = DIFFUSION.alpha_bar[t].float()[:, None]
-        gain = alpha_bar.sqrt() * deviation**2 / (alpha_bar * deviation**2 + 1 - alpha_bar)
-        return MEAN + gain * (x - alpha_bar.sqrt() * MEAN)
+    def guess(x: torch.Tensor, t: int) -> tuple[torch.Tensor, None]:
+        alpha_bar = float(DIFFUSION.alpha_bar[t])
+        gain = alpha_bar**0.5 * deviation**2 / (alpha_bar * deviation**2 + 1 - alpha_bar)
+        return MEAN + gain * (x - alpha_bar**0.5 * MEAN), None
 
     return guess
 
@@ -33,7 +33,7 @@ def ddim(guess, x: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
     """DDIM as its paper has it (equation 12 at eta 0), in float64."""
     x = x.double()
     for t, following in zip(timesteps, [*timesteps[1:], None], strict=True):
-        clean = guess(x.float(), torch.full((len(x),), t)).double()
+        clean = guess(x.float(), t)[0].double()
         here = DIFFUSION.alpha_bar[t]
         there = torch.tensor(1.0) if following is None else DIFFUSION.alpha_bar[following]
         noise = (x - here.sqrt() * clean) / (1 - here).sqrt()

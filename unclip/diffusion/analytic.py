@@ -8,15 +8,14 @@ B batch, T timesteps of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from unclip.diffusion.guidance import Guess
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import ConfigError
-
-Guess = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) → x0
 
 
 def reverse_variance(here: float, there: float, power: float) -> float:
@@ -47,7 +46,7 @@ def measure_power(
         for k, timestep in enumerate(timesteps):
             t = torch.full((len(x0),), timestep, device=x0.device)
             x_t = diffusion.q_sample(x0, t, noise)
-            eps = diffusion.eps_from_x0(guess(x_t, t), x_t, t)
+            eps = diffusion.eps_from_x0(guess(x_t, timestep)[0], x_t, t)
             sums[k] += eps.double().square().flatten(1).mean(1).sum().cpu()
         count += len(x0)
     return (sums / count).clamp(max=1).tolist()

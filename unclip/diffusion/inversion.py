@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from unclip.diffusion.guidance import Guess
 from unclip.diffusion.process import GaussianDiffusion
 
 ITERATIONS = 4  # a step; the first is what inverting without iterations would take
@@ -20,7 +21,7 @@ ITERATIONS = 4  # a step; the first is what inverting without iterations would t
 
 @torch.no_grad()
 def invert(
-    guess: Callable[[Tensor, Tensor], Tensor],
+    guess: Guess,
     diffusion: GaussianDiffusion,
     x0: Tensor,
     timesteps: Sequence[int],
@@ -29,8 +30,8 @@ def invert(
 ) -> Tensor:
     """The x_T that DDIM at eta 0 brings to x0 over these timesteps, guided as `guess` is.
 
-    `guess(x_t, t)` is the network's x0, not clipped: what clipping cuts off could not be found
-    again. The timesteps are those of the sampling, noisiest first.
+    The guesses must not be clipped: what clipping cuts off could not be found again. The timesteps
+    are those of the sampling, noisiest first.
 
     **Shapes**: x0 (B, *) → (B, *).
     """
@@ -39,10 +40,9 @@ def invert(
     for timestep in reversed(list(timesteps)):
         alpha_bar = float(diffusion.alpha_bar[timestep])
         (a_s, s_s), (a_t, s_t) = _scales(previous), _scales(alpha_bar)
-        t = torch.full((len(x),), timestep, device=x.device)
         y = x
         for _ in range(iterations):
-            clean = guess(y, t)
+            clean, _ = guess(y, timestep)
             # DDIM: x_s = a_s x0 + s_s ε with ε = (x_t − a_t x0) / s_t. Solved for x_t with either
             # x0 or ε held, whichever changes less with x_t: in noise it is x0, near a picture ε.
             if s_t > a_t and s_s > 0:

@@ -123,6 +123,8 @@ class Stage:
         negative: Cond | None = None,
         x_T: Tensor | None = None,
         after: AfterRows | None = None,
+        levels: int | None = None,
+        repeats: int = 1,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
         progress: bool = False,
@@ -131,8 +133,9 @@ class Stage:
 
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
         float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
-        of those rows of the batch that a step has led to timestep t, None for x_0. `tile` runs an
-        upsampler on tiles of that many pixels where the picture is larger.
+        of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
+        `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
+        picture is larger.
 
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
@@ -156,7 +159,9 @@ class Stage:
                 x = starting_noise(shape, own) if x_T is None else x_T[rows]
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
-                for step in denoise(guess, self.diffusion, config, x, own, enter):
+                for step in denoise(
+                    guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
+                ):
                     x = step.x
                     bar.update()
                 parts.append(x)
