@@ -1,4 +1,4 @@
-"""Keeping a part of a picture while the rest is drawn, at every size (RePaint, Lugmayr et al. 2022).
+"""Keeping a part of a picture while the rest is drawn, at every size (RePaint, Lugmayr 2022).
 
 B pictures, S the final side, R a stage's side.
 """
