@@ -33,10 +33,10 @@ from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.precision import resolve_precision
 from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.plan import flop_counter
-from unclip.training.precision import resolve_precision
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 

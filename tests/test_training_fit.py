@@ -11,7 +11,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +30,8 @@ from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.find import resolve_folder
 from unclip.files.folder import read_stage_config, write_stage
 from unclip.files.tensors import TensorFile
-from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
+from unclip.training.task import start_from
 
 
 def config(out: Path, task: dict[str, Any] | None = None, **train: Any) -> TinyConfig:
@@ -430,7 +429,7 @@ def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> 
     first.save(tmp_path / "w")
     network = second.network.requires_grad_(False)
     randomise(network, seed=9)
-    load_init(SimpleNamespace(name=second.name, stage=second), network, tmp_path / "w")
+    start_from(second, tmp_path / "w")
     assert_close(network.state_dict(), first.network.state_dict())
 
 

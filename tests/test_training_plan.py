@@ -12,9 +12,9 @@ from test_tasks import tiny
 from torch.profiler import ProfilerActivity, profile
 
 from unclip.cli import main
+from unclip.precision import computes_in_bf16
 from unclip.training import plan as planning
 from unclip.training.plan import Plan, plan, report, step_needs
-from unclip.training.precision import computes_in_bf16
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {

@@ -126,6 +126,15 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name; an empty section is one, too."""
+    settings: dict[str, Any] = {}
+    for key, value in data.items():
+        inner = isinstance(value, dict) and value
+        settings |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return settings
+
+
 def _apply(data: dict[str, Any], override: str, schema: type[Config]) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")

@@ -37,8 +37,10 @@ from unclip.training.task import (
     draw,
     drop,
     first_samples,
+    frozen_clip,
     open_train,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -79,6 +81,7 @@ class DecoderTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
         self.model: nn.Module = Decoder(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -104,9 +107,13 @@ class DecoderTask:
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=len(images))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
     def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
         reads_text = self.run.model.text_width is not None
@@ -127,7 +134,7 @@ class DecoderTask:
 
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
-    dataset, clip = open_train(run), FrozenCLIP.load(run.clip, accelerator.device)
+    dataset, clip = open_train(run), frozen_clip(run.clip, accelerator)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)

@@ -17,6 +17,7 @@ from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
 from unclip.files.disk import check_writable, from_home
+from unclip.precision import default_dtype
 from unclip.progress import progress_bar
 
 
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
         check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available())
-        clip = FrozenCLIP.load(given.clip, state.device)
+        if state.device.type != "cpu":
+            torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+        clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
         dataset = open_dataset(given.data, resolution)
         total = len(dataset) * given.rounds

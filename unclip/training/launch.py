@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
@@ -18,17 +18,9 @@ from accelerate.utils import GradientAccumulationPlugin
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, UnclipWarning, exit_on_error
 from unclip.files.disk import check_writable
+from unclip.precision import Precision, resolve_precision
 from unclip.training import sharding
 from unclip.training.fit import TrainConfig
-from unclip.training.precision import Precision, resolve_precision
-
-
-class Trains(Protocol):
-    """A configuration with a train section."""
-
-    @property
-    def train(self) -> TrainConfig: ...
-
 
 C = TypeVar("C", bound=Config)
 

@@ -34,7 +34,9 @@ from unclip.training.task import (
     draw,
     drop,
     first_samples,
+    frozen_clip,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -66,6 +68,7 @@ class PriorTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip = run, clip
         self.model: nn.Module = DiffusionPrior(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -94,15 +97,19 @@ class PriorTask:
         rows = [[k, *near[k].tolist()] for k in range(len(z))]
         return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
     dataset = open_dataset(run.data.train, run.data.resolution, embeddings=True)
-    clip = FrozenCLIP.load(run.clip, accelerator.device)
+    clip = frozen_clip(run.clip, accelerator)
     if isinstance(dataset, EmbeddingCache):
         dataset.check_encoder(clip, run.clip)
     task = PriorTask(run, clip)
