@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,10 @@ def work(name: str, batch: int, precision: str) -> None:
         count = run.train.batch
         side, captions = run.data.crop or run.data.resolution, [CAPTION] * count
     images = 2 * torch.rand(count, 3, side, side) - 1
-    ready = Batch(images, captions, torch.arange(count), [""] * count)
+    ready = Batch(captions, torch.arange(count), images)
     if isinstance(task, UpsamplerTask):
-        low = resize(resize(images, side * task.run.model.low // task.run.model.high), side)
-        task.low_resolution = lambda images, ids: low  # type: ignore[method-assign]
+        low = resize(images, side * task.run.model.low // task.run.model.high)
+        ready = replace(ready, low_res=low)
     with flop_counter() as counter, torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
         task.loss(task.model, ready, 0)["loss"].mean().backward()
     task.model.zero_grad()

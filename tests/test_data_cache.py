@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_clip
 from PIL import Image
+from processes import script, together
 from test_tasks import tiny
 from torch.testing import assert_close
 
@@ -39,9 +38,9 @@ from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_pil
 from unclip.randomness import generator
 from unclip.training.decoder import train_decoder
+from unclip.training.embed import main as embed
 from unclip.training.prior import PriorRun, PriorTask, train_prior
 
-ROOT = Path(__file__).parents[1]
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
 
 
@@ -85,7 +84,7 @@ def test_a_cache_holds_embedding_caption_and_key_of_every_sample(
         sample = dataset.get(number % n, generator(0, "embedding", number))
         row = cache.get(number, torch.Generator())
         assert (row.caption, row.key) == (sample.caption, sample.key)
-        assert_close(row.image, clip.encode_image(sample.image[None])[0], rtol=1e-3, atol=1e-3)
+        assert_close(row.z_image, clip.encode_image(sample.image[None])[0], rtol=1e-3, atol=1e-3)
     with pytest.raises(IndexError):
         cache.get(ROUNDS * n, torch.Generator())
 
@@ -182,10 +181,62 @@ def test_pictures_find_their_embeddings_by_key(tmp_path: Path, clip: FrozenCLIP,
     for dataset in (joined, pickle.loads(pickle.dumps(joined))):
         for i in range(7):
             sample = fixed(dataset, i)
-            assert sample.embed is not None
-            assert_close(sample.embed, clip.encode_image(sample.image[None])[0].float())
+            assert sample.z_image is not None
+            assert_close(sample.z_image, clip.encode_image(sample.image[None])[0].float())
     with pytest.raises(DataError, match=r"0\.tar:007 has no embedding in .*cache"):
         fixed(joined, 7)
+
+
+def test_one_folder_is_one_folder_by_whatever_path(
+    tmp_path: Path, clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache made by the absolute path had no embedding for pictures named by the relative one."""
+    spec, root = pictures_and_cache(tmp_path, clip)  # keys by the absolute path
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.tar", "./0.tar"):
+        joined = Joined(open_dataset(name, 16), EmbeddingCache(root))
+        assert fixed(joined, 3).z_image is not None
+    path = root / "metadata" / "metadata_0.parquet"
+    table = pq.read_table(path).to_pydict()
+    table["key"] = [key.removeprefix(f"{tmp_path}/") for key in table["key"]]
+    pq.write_table(pa.table(table), path)
+    assert fixed(Joined(open_dataset(spec, 16), EmbeddingCache(root)), 3).z_image is not None
+    plan = CachePlan("0.tar", 16, 0, 1, 5, 8)
+    begin_cache(tmp_path / "begun", clip, plan)
+    begin_cache(tmp_path / "begun", clip, replace(plan, data=spec))
+    with pytest.raises(ConfigError, match=r"data = '0\.tar', not '1\.tar'"):
+        begin_cache(tmp_path / "begun", clip, replace(plan, data="1.tar"))
+
+
+def test_a_row_that_is_not_finite_is_replaced(root: Path, tmp_path: Path) -> None:
+    """It ended the run, and resuming came to the same row for ever."""
+    array = copy(root, tmp_path / "cache") / "img_emb" / "img_emb_00001.npy"
+    z = np.load(array)
+    z[0] = np.nan
+    np.save(array, z)
+    dataset = open_dataset(str(tmp_path / "cache"), 16, embeddings=True)
+    with pytest.warns(UserWarning, match="row 0 of shard 1 is not finite. Another sample"):
+        sample = fixed(dataset, ROWS)
+    assert sample.z_image is not None and sample.z_image.isfinite().all()
+    z[:100] = np.nan
+    np.save(array, z)
+    dataset = open_dataset(str(tmp_path / "cache"), 16, embeddings=True)
+    with pytest.warns(), pytest.raises(DataError, match=r"can't be used, .*img_emb_00001\.npy"):
+        [fixed(dataset, ROWS + k) for k in range(100)]
+
+
+def test_a_cache_of_other_parts_of_the_pictures_is_refused(
+    tmp_path: Path, clip: FrozenCLIP
+) -> None:
+    """An embedding of the middle says nothing of a crop at random."""
+    cache = EmbeddingCache(pictures_and_cache(tmp_path, clip)[1])
+    cache.check_fit("middle")  # of a cache that isn't ours nobody knows
+    with pytest.raises(ConfigError, match=r"data\.fit = crop, but .* data\.fit = middle"):
+        cache.check_fit("crop")
+    cache.index = {"data": "a", "fit": "middle"}
+    cache.check_fit("middle")
+    with pytest.raises(ConfigError, match=r"data\.fit = pad, but .* data\.fit = middle"):
+        cache.check_fit("pad")
 
 
 def test_the_decoder_learns_the_same_with_embeddings_from_a_cache(
@@ -247,7 +298,7 @@ def test_layouts_of_clip_retrieval_are_read(tmp_path: Path, clip: FrozenCLIP) ->
     cache = EmbeddingCache(tmp_path)
     cache.check_encoder(clip, "tiny")
     samples = [cache.get(i, torch.Generator()) for i in range(5)]
-    assert_close(torch.stack([sample.image for sample in samples]), torch.from_numpy(rows))
+    assert_close(torch.stack([sample.z_image for sample in samples]), torch.from_numpy(rows))
     assert [sample.key for sample in samples] == ["0/0.jpg", "0/1.jpg", *names]
     assert samples[2].caption == "a picture 1/0.jpg"
     sent = pickle.dumps(cache)  # to a loader's worker
@@ -308,22 +359,15 @@ def test_only_a_prior_may_train_on_embeddings(root: Path) -> None:
         open_dataset(str(root), 16)
 
 
-def test_two_processes_write_one_cache(model_folder: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "train" / "embed.py"), "shapes:val", str(tmp_path / "cache")]
-    options = ["--clip", str(model_folder), "--rows", "100", "--resolution", "16"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *script, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("512 embeddings") == 1
+def test_two_processes_write_one_cache(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ["shapes:val", str(tmp_path / "cache"), "--clip", str(model_folder)]
+    options = [*cache, "--rows", "100", "--resolution"]
+    printed = together(script, "train/embed.py", *options, "16")
+    assert printed.count("512 embeddings") == 1
     assert len(EmbeddingCache(tmp_path / "cache")) == 512
-    again = subprocess.run(
-        [sys.executable, *script, *options[:-1], "17"], capture_output=True, text=True, timeout=300
-    )
-    assert again.returncode == 2
-    assert "resolution = 16, not 17" in again.stderr and "Traceback" not in again.stderr
+    with pytest.raises(SystemExit) as stopped:
+        embed([*options, "17"])
+    assert stopped.value.code == 2
+    assert "resolution = 16, not 17" in capsys.readouterr().err

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
+import resource
 import tarfile
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +26,10 @@ from unclip.data.captions import Columns
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Dataset
-from unclip.data.shards import ENTRY, Shards, read_index
+from unclip.data.shards import Shards, read_index
+from unclip.data.tar import ENTRY
 from unclip.errors import DataError
+from unclip.images import Fit
 
 ANY = torch.Generator()
 
@@ -252,7 +259,7 @@ def test_an_index_is_made_once_and_mapped(
     (path,) = many(tmp_path / "data", 1)
     made = read_index(path)
     assert isinstance(made.entries, np.memmap) and ENTRY.itemsize <= 100
-    monkeypatch.setattr(shards_module, "index_shard", lambda shard: pytest.fail("indexed again"))
+    monkeypatch.setattr(shards_module, "index_shard", lambda *_: pytest.fail("indexed again"))
     entries = np.array(made.entries)  # not mapped: below its file is damaged
     del made
     assert np.array_equal(read_index(path).entries, entries)
@@ -394,8 +401,94 @@ def test_shards_pass_to_workers_whole(tmp_path: Path) -> None:
 
 
 def test_a_spawned_worker_is_sent_names_and_opens_the_indexes(tmp_path: Path) -> None:
-    dataset = Shards("x", many(tmp_path / "d", 3, each=200), 16, tmp_path)
+    dataset = Shards("x", many(tmp_path / "d", 3, each=200), Fit(16), tmp_path)
     sent = pickle.dumps(dataset)
     assert len(sent) < 1000  # bytes, for 600 samples of 46
     again = pickle.loads(sent)
     assert [again.get(i, ANY).caption for i in (0, 599)] == ["number 0", "number 599"]
+
+
+def test_a_hundred_shards_take_few_descriptors(tmp_path: Path) -> None:
+    """Each process kept one open for each shard: of 256 allowed, the 250th shard's failed."""
+    paths = many(tmp_path / "data", 100, each=2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, before[1]))
+    try:
+        dataset = Shards("x", paths, Fit(9), tmp_path)
+        assert [dataset.get(k, ANY).caption for k in (0, 199)] == ["number 0", "number 199"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(os.listdir("/proc/self/fd")) <= used + 1
+
+
+@pytest.mark.parametrize("when", ["indexing", "reading"])
+def test_running_out_of_descriptors_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """It was taken for a damaged index, and ended in a traceback."""
+    (path,) = many(tmp_path / "data", 1)
+    dataset = None if when == "indexing" else open_dataset(str(path), 9)
+
+    def opened(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="ulimit -n"):
+        patched.setattr(tarfile, "open", opened)
+        patched.setattr(Path, "open", opened)
+        dataset = dataset or open_dataset(str(path), 9)
+        dataset.dataset.get(0, ANY)  # type: ignore[attr-defined]
+    assert captions(open_dataset(str(path), 9)) == [f"number {n}" for n in range(10)]
+
+
+def _indexed(shards: list[Path], rank: int, both: Any, told: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    index_shard = shards_module.index_shard
+
+    def slowly(shard: Path, *texts: Any) -> shards_module.ShardIndex:
+        time.sleep(0.05)
+        told.put((rank, shard.name))
+        return index_shard(shard, *texts)
+
+    shards_module.index_shard = slowly
+    both.wait()
+    assert len(Shards("x", shards, Fit(9), shards[0].parent)) == 200
+
+
+def test_the_processes_of_a_machine_index_each_shard_once(tmp_path: Path) -> None:
+    """Every process read every shard."""
+    paths = many(tmp_path / "data", 20)
+    context = multiprocessing.get_context("fork")
+    both, told = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_indexed, args=(paths, rank, both, told)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    work = [told.get(timeout=60) for _ in paths]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert told.empty() and sorted(name for _, name in work) == [path.name for path in paths]
+    assert {rank for rank, _ in work} == {0, 1}
+
+
+def test_a_shard_that_changed_is_read_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = many(tmp_path / "data", 3)
+    assert len(Shards("x", paths, Fit(9), tmp_path)) == 30
+    read: list[Path] = []
+    index_shard = shards_module.index_shard
+    monkeypatch.setattr(
+        shards_module, "index_shard", lambda shard, *_: read.append(shard) or index_shard(shard)
+    )
+    assert len(Shards("x", paths, Fit(9), tmp_path)) == 30 and not read
+    write(paths[1], samples(100, 5))
+    again = Shards("x", paths, Fit(9), tmp_path)
+    assert read == [paths[1]]
+    assert [again.get(k, ANY).caption for k in (9, 10, 15)] == [
+        "number 9",
+        "number 100",
+        "number 20",
+    ]

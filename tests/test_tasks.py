@@ -142,7 +142,7 @@ def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
             return 256
 
         def get(self, index, generator):
-            return Sample(shown[index], str(index), str(index))
+            return Sample(None, str(index), str(index), shown[index])
 
     def encode_text(captions):
         embed = torch.stack([told[int(c)] if c.isdigit() else -told[0] for c in captions])
@@ -235,14 +235,25 @@ def test_what_a_sample_is_trained_on_does_not_depend_on_the_number_of_processes(
 def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     run = tiny("upsampler_64", None, "degraded=0")
     task = UpsamplerTask(run)
-    batch = first_batch(run)
-    low = task.low_resolution(batch.images, batch.ids)
-    assert low.shape == batch.images.shape
-    assert (low - batch.images).abs().mean() < 0.2
+    batch = task.made(first_batch(run))
+    side = batch.images.shape[-1]
+    assert batch.low_res.shape == (4, 3, side // 2, side // 2)
+    assert (resize(batch.low_res, side) - batch.images).abs().mean() < 0.2
     degraded = UpsamplerTask(tiny("upsampler_64", None, "degraded=1"))
-    other = degraded.low_resolution(batch.images, batch.ids)
-    assert not torch.allclose(low, other)
-    assert_close(other, degraded.low_resolution(batch.images, batch.ids), rtol=0, atol=0)
+    other = degraded.made(batch).low_res
+    assert not torch.allclose(batch.low_res, other)
+    assert_close(other, degraded.made(batch).low_res, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_pictures_are_degraded_where_they_are_read(degradation):
+    """On a GPU, BSR added CPU noise to a picture on the device, and every training crashed."""
+    run = tiny("upsampler_64", None, f"degradation={degradation}", "degraded=1")
+    task = UpsamplerTask(run)
+    read = first_batch(run, made=task.made, workers=1)
+    assert_close(read.low_res, task.made(first_batch(run)).low_res, rtol=0, atol=0)
+    moved = read.to("meta")
+    assert moved.low_res.is_meta and moved.noise.is_meta and not moved.ids.is_meta
 
 
 def test_a_width_that_is_not_the_encoders_is_refused_by_key(model_folder):

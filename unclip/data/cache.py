@@ -29,7 +29,7 @@ from torch.utils.data import Dataset as TorchDataset
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
-from unclip.data.sample import Dataset, Sample
+from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.data.tables import arrow
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.files.disk import read_json, sync, write_json
@@ -50,6 +50,7 @@ class CachePlan:
     rounds: int
     rows: int  # of a shard
     total: int
+    fit: str = "pad"  # of the pictures, as data.fit
 
     @property
     def shards(self) -> int:
@@ -89,7 +90,7 @@ def write_cache(
             _Numbered(dataset, plan.seed, numbers), batch, num_workers=workers, collate_fn=list
         )
         for samples in loader:
-            images = torch.stack([sample.image for sample in samples]).to(clip.device)
+            images = Batch.of(samples).to(clip.device).images
             z = clip.encode_image(images).float().cpu().half()  # (B, D)
             if not bool(z.isfinite().all()):
                 raise DataError(f"{root}: the encoder gives embeddings beyond float16")
@@ -112,10 +113,12 @@ def begin_cache(root: Path, clip: FrozenCLIP, plan: CachePlan) -> None:
     ours = {"format": FORMAT, **vars(plan), "clip": clip.fingerprint.model_dump(mode="json")}
     path = root / INDEX
     if path.is_file():
-        there = read_json(path)
+        there = {"fit": "pad", **read_json(path)}
         if "clip" in there:
             encoder = parse_config(there["clip"], Fingerprint, str(path))
             check_same_encoder(encoder, clip.fingerprint, str(root))
+        if os.path.abspath(str(there.get("data"))) == os.path.abspath(plan.data):
+            there["data"] = plan.data  # one folder is one folder
         differ = [
             f"{key} = {there.get(key)!r}, not {value!r}"
             for key, value in ours.items()
@@ -145,7 +148,7 @@ def finish_cache(root: Path) -> None:
 
 
 class EmbeddingCache:
-    """A cache as a dataset: its samples hold an embedding (D,) where others hold a picture.
+    """A cache as a dataset: its samples hold z_image (D,) and no picture.
 
     **Raises**: `DataError` when it is incomplete or its files don't fit together.
     """
@@ -158,7 +161,8 @@ class EmbeddingCache:
             for folder, suffix in ((ARRAYS, ".npy"), (METADATA, ".parquet"))
         )
         self._check_shards(sorted(arrays), sorted(tables))
-        self._arrays = [_open_array(arrays[number]) for number in sorted(arrays)]
+        self._paths = [arrays[number] for number in sorted(arrays)]
+        self._arrays = [_open_array(path) for path in self._paths]
         self._keys, self._captions = _read_metadata([tables[number] for number in sorted(arrays)])
         self._ends = list(accumulate(len(array) for array in self._arrays))
         self.width = self._arrays[0].shape[1]
@@ -192,6 +196,10 @@ class EmbeddingCache:
         """A loader's worker maps the files itself, instead of being sent them."""
         return EmbeddingCache, (self.root,)
 
+    def place(self, index: int) -> str:
+        """The file that holds row `index`."""
+        return str(self._paths[bisect_right(self._ends, index)])
+
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Row `index` with its one caption; the generator is not drawn from."""
         if not 0 <= index < len(self):
@@ -201,7 +209,7 @@ class EmbeddingCache:
         z = torch.from_numpy(self._arrays[shard][row].astype(np.float32))  # (D,)
         if not bool(z.isfinite().all()):
             raise DataError(f"{self.root}: row {row} of shard {shard} is not finite")
-        return Sample(z, self._captions[index].as_py() or "", self.key(index))
+        return Sample(None, self._captions[index].as_py() or "", self.key(index), z)
 
     def key(self, row: int) -> str:
         """The key of one row."""
@@ -211,6 +219,15 @@ class EmbeddingCache:
         """The keys of all rows, in order."""
         for chunk in self._keys.chunks:
             yield from map(str, chunk.to_pylist())
+
+    def check_fit(self, fit: str) -> None:
+        """**Raises**: `ConfigError` if the embeddings are of other parts of the pictures."""
+        made = self.index.get("fit", "pad") if "data" in self.index else None  # None: not by us
+        if fit == "crop" or made not in (None, fit):
+            raise ConfigError(
+                f"data.fit = {fit}, but {self.root} has each picture's embedding with data.fit = "
+                f"{made or 'middle (or pad)'}: set that"
+            )
 
     def check_encoder(self, clip: FrozenCLIP, name: str) -> None:
         """**Raises**: `CheckpointError` if another encoder made the embeddings."""
@@ -227,8 +244,9 @@ class EmbeddingCache:
 class Joined:
     """Pictures with their embeddings out of a cache, found by key.
 
-    Its keys are those that the dataset gives, as `train/embed.py` writes them, or img2dataset's:
-    the name of a sample without its shard. Of rows with one key, the first counts.
+    Its keys are those that the dataset gives, as `train/embed.py` writes them, whether it was named
+    by a relative path or an absolute one; or img2dataset's: the name of a sample without its shard.
+    Of rows with one key, the first counts.
     """
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
@@ -246,15 +264,25 @@ class Joined:
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index` with its embedding. **Raises**: `DataError` if the cache has none."""
         sample = self.dataset.get(index, generator)
-        for key in (sample.key, sample.key.rpartition(":")[2]):
+        for key in _spellings(sample.key):
             row = self._row(key)
             if row is not None:
-                return replace(sample, embed=self.cache.get(row, generator).image)
+                return replace(sample, z_image=self.cache.get(row, generator).z_image)
         raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
 
     def _row(self, key: str) -> int | None:
         first, end = (np.searchsorted(self._hashes, hash(key), side) for side in ("left", "right"))
         return next((int(row) for row in self._rows[first:end] if self.cache.key(row) == key), None)
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """A sample's key as the cache may have it."""
+    shard, colon, name = key.rpartition(":")
+    yield key
+    if colon:
+        yield from (f"{same(shard)}:{name}" for same in (os.path.abspath, os.path.relpath))
+        yield f"{os.path.realpath(shard)}:{name}"
+        yield name
 
 
 class _Numbered(TorchDataset[Sample]):
@@ -268,9 +296,8 @@ class _Numbered(TorchDataset[Sample]):
 
     def __getitem__(self, place: int) -> Sample:
         number = self.numbers[place]
-        return self.dataset.get(
-            number % len(self.dataset), generator(self.seed, "embedding", number)
-        )
+        own = generator(self.seed, "embedding", number)
+        return fixed(self.dataset, number % len(self.dataset), own)
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
@@ -326,9 +353,9 @@ def _only_chunk(pa: Any, column: Any) -> Any:
     return column.chunk(0) if column.num_chunks else pa.array([], pa.string())
 
 
-def as_embeddings(clip: FrozenCLIP, images: Tensor) -> Tensor:
-    """Raw image embeddings of what a dataset gave: pictures, or rows of a cache as they are.
+def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
+    """Raw image embeddings of a batch, made of its pictures if it brings none.
 
-    **Shapes**: (B, 3, H, W) or (B, D) → (B, D) float32.
+    **Shapes**: → (B, D) float32.
     """
-    return images.float() if images.ndim == 2 else clip.encode_image(images).float()
+    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image

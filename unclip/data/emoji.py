@@ -27,7 +27,7 @@ from PIL import Image
 from unclip.data.sample import Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
-from unclip.images import fit_square, from_array, load_image, to_rgb
+from unclip.images import fit_square, load_image, to_pixels, to_rgb
 from unclip.progress import progress_bar
 
 RASTER_SET = "fluent-3d"
@@ -84,7 +84,7 @@ class Emoji:
         """Picture `index`; in training the generator picks the caption's wording."""
         record = self.records[index]
         caption = self.caption(index) if self.split == "val" else vary_caption(record, generator)
-        return Sample(from_array(self.images(index)), caption, record["key"])
+        return Sample(to_pixels(self.images(index)), caption, record["key"])
 
     def caption(self, index: int) -> str:
         """The canonical caption, with which validation is done."""

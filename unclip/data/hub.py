@@ -16,7 +16,7 @@ import torch
 from unclip.data.captions import KEYS, USUAL, Columns, captions_of, draw
 from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
-from unclip.images import fit_square, load_image, to_tensor
+from unclip.images import Fit
 from unclip.progress import without_bars
 
 PREFIX = "hf:"
@@ -29,8 +29,8 @@ class Rows:
     **Raises**: `DataError` when it has no column of pictures, several, or none of captions.
     """
 
-    def __init__(self, name: str, table: Any, resolution: int, columns: Columns) -> None:
-        self.name, self.resolution, self.columns = name, resolution, columns
+    def __init__(self, name: str, table: Any, fit: Fit, columns: Columns) -> None:
+        self.name, self.fit, self.columns = name, fit, columns
         names = list(table.features)
         captions = [c for c in ((columns.caption,) if columns.caption else KEYS) if c in names]
         if not captions:
@@ -66,11 +66,10 @@ class Rows:
         if not captions:
             raise DataError(f"{label} has an empty caption", "no caption")
         caption = draw(captions, generator)
-        image = fit_square(load_image(io.BytesIO(data), label), self.resolution)
-        return Sample(to_tensor(image), caption, key)
+        return Sample(self.fit.read(io.BytesIO(data), label), caption, key)
 
 
-def open_hub(spec: str, resolution: int, columns: Columns = USUAL) -> Rows:
+def open_hub(spec: str, fit: Fit, columns: Columns = USUAL) -> Rows:
     """`hf:owner/name`, `hf:owner/name:split` or `hf:owner/name#config:split`; split train if none.
 
     **Raises**: `DataError` when there is no such dataset, configuration or split.
@@ -78,12 +77,10 @@ def open_hub(spec: str, resolution: int, columns: Columns = USUAL) -> Rows:
     name, _, split = spec.removeprefix(PREFIX).partition(":")
     name, _, config = name.partition("#")
     options = {"name": config or None, "split": split or "train"}
-    return Rows(spec, _load(spec, lambda load: load(name, **options)), resolution, columns)
+    return Rows(spec, _load(spec, lambda load: load(name, **options)), fit, columns)
 
 
-def open_parquet(
-    spec: str, paths: Sequence[Path], resolution: int, columns: Columns = USUAL
-) -> Rows:
+def open_parquet(spec: str, paths: Sequence[Path], fit: Fit, columns: Columns = USUAL) -> Rows:
     """Parquet files with the pictures in them, one after the other.
 
     **Raises**: `DataError` when they aren't whole, or hold no pictures or captions.
@@ -91,7 +88,7 @@ def open_parquet(
     files = [str(path) for path in paths]
     options = {"data_files": files, "split": "train"}
     table = _load(spec, lambda load: load("parquet", **options))
-    return Rows(spec, table, resolution, columns)
+    return Rows(spec, table, fit, columns)
 
 
 def _load(spec: str, call: Callable[[Any], Any]) -> Any:

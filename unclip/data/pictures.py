@@ -13,7 +13,7 @@ from unclip.data.damage import Damage
 from unclip.data.folders import with_suffix
 from unclip.data.sample import Sample
 from unclip.errors import DataError
-from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.images import SUFFIXES, Fit
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Picture:
 class Files:
     """Pictures in separate files."""
 
-    def __init__(self, name: str, pictures: Sequence[Picture], resolution: int) -> None:
-        self.name, self.pictures, self.resolution = name, pictures, resolution
+    def __init__(self, name: str, pictures: Sequence[Picture], fit: Fit) -> None:
+        self.name, self.pictures, self.fit = name, pictures, fit
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -41,8 +41,8 @@ class Files:
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index`; of several captions the generator draws one."""
         picture = self.pictures[index]
-        image = fit_square(load_image(picture.path), self.resolution)
-        return Sample(to_tensor(image), draw(picture.captions, generator), picture.key)
+        caption = draw(picture.captions, generator)
+        return Sample(self.fit.read(picture.path), caption, picture.key)
 
 
 def read_folder(root: Path, files: Sequence[Path]) -> list[Picture]:

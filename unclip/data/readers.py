@@ -1,7 +1,7 @@
 """A person's own captioned pictures: what a path names.
 
-R resolution. Pictures of any size and mode are padded to a square on white and resized with
-antialiasing. Nothing is unpickled, and names in tables can't lead out of their folder.
+Pictures of any size and mode become pixels by `Fit`. Nothing is unpickled, and names in tables
+can't lead out of their folder.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from unclip.data.sample import Dataset
 from unclip.data.shards import Shards
 from unclip.data.tables import FILE_NAME, TABLES, read_table, schema
 from unclip.errors import DataError
-from unclip.images import SUFFIXES
+from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
 
 
-def open_path(spec: str, resolution: int, columns: Columns = USUAL) -> Dataset:
+def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
     """A folder, a table or tar shards as a dataset; see `open_dataset`.
 
     **Raises**: `DataError` when nothing is there, more than 5 % of the pictures lack captions, or
@@ -35,18 +35,18 @@ def open_path(spec: str, resolution: int, columns: Columns = USUAL) -> Dataset:
     """
     path = Path(spec)
     if path.is_dir():
-        return _open_folder(spec, resolution, columns)
+        return _open_folder(spec, fit, columns)
     if path.is_file() and path.suffix.lower() in TABLES:
-        return _open_table(spec, path, resolution, columns)
+        return _open_table(spec, path, fit, columns)
     parts = {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     missing = [part for part, names in parts.items() if not names]
     if found and all(shard.suffix.lower() == ".tar" for shard in found):
-        return Shards(spec, found, resolution, _root(spec), missing, columns)
+        return Shards(spec, found, fit, _root(spec), missing, columns)
     if found and all(table.suffix.lower() == ".parquet" for table in found):
         if missing:
             raise DataError(f"data {spec!r}: {missing[0]} is not there")
-        return open_parquet(spec, found, resolution, columns)
+        return open_parquet(spec, found, fit, columns)
     if found:
         raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.6)
@@ -54,13 +54,13 @@ def open_path(spec: str, resolution: int, columns: Columns = USUAL) -> Dataset:
     raise DataError(f"data {spec!r}: no such folder, file or dataset ({hint})")
 
 
-def _open_folder(spec: str, resolution: int, columns: Columns) -> Dataset:
+def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
     """By what lies in it: a table called metadata, tar files, or in the folders below, too,
     pictures, parquet files that hold pictures, tar files."""
     root = Path(spec)
     tables = [root / f"metadata{suffix}" for suffix in TABLES]
     for table in filter(os.path.isfile, tables):
-        return _open_table(spec, table, resolution, columns)
+        return _open_table(spec, table, fit, columns)
     files = files_below(root)
     pictures, shards = with_suffix(files, *SUFFIXES), with_suffix(files, ".tar")
     here = [shard for shard in shards if shard.parent == root]
@@ -71,22 +71,22 @@ def _open_folder(spec: str, resolution: int, columns: Columns) -> Dataset:
             stacklevel=4,
         )
     if here:
-        return Shards(spec, here, resolution, root, columns=columns)
+        return Shards(spec, here, fit, root, columns=columns)
     if pictures:
-        return Files(spec, read_folder(root, files), resolution)
+        return Files(spec, read_folder(root, files), fit)
     if parquet := with_suffix(files, ".parquet"):
-        return open_parquet(spec, _for_training(spec, root, parquet), resolution, columns)
+        return open_parquet(spec, _for_training(spec, root, parquet), fit, columns)
     if shards:
-        return Shards(spec, shards, resolution, root, columns=columns)
+        return Shards(spec, shards, fit, root, columns=columns)
     raise DataError(f"no JPEG, PNG or WebP pictures in {root}, nor tar or parquet files with them")
 
 
-def _open_table(spec: str, table: Path, resolution: int, columns: Columns) -> Dataset:
+def _open_table(spec: str, table: Path, fit: Fit, columns: Columns) -> Dataset:
     if table.suffix.lower() == ".parquet":
         held = schema(table)
         if holds_pictures(held) or (columns.image or FILE_NAME) not in held.names:
-            return open_parquet(spec, [table], resolution, columns)
-    return Files(spec, read_table(table, columns), resolution)
+            return open_parquet(spec, [table], fit, columns)
+    return Files(spec, read_table(table, columns), fit)
 
 
 def _for_training(spec: str, root: Path, tables: Sequence[Path]) -> Sequence[Path]:

@@ -118,8 +118,9 @@ def _csv_rows(table: Path, lines: Sequence[str], file_name: str) -> Iterator[Row
         try:
             for cells in reader:
                 after = begin + reader.line_num
-                inside = (_cells([line], delimiter) for line in lines[first + 1 : after])
-                if any(_is_row(row, len(names), name_at) for row in inside):
+                parts = (line.replace('"', "").split(delimiter) for line in lines[first:after])
+                rows = {part[name_at].strip() for part in parts if len(part) == len(names)}
+                if sum(name.lower().endswith(SUFFIXES) for name in rows) > 1:
                     raise csv.Error("a quote is opened and closed only in another row")
                 if cells:
                     yield _csv_row(names, cells, f"line {first + 1}", lines[first])
@@ -149,11 +150,6 @@ def _cells(lines: Sequence[str], delimiter: str) -> list[str]:
         return next(csv.reader(lines, delimiter=delimiter, strict=True), [])
     except csv.Error:
         return []
-
-
-def _is_row(cells: Sequence[str], width: int, name_at: int) -> bool:
-    """Whether a line inside of quotes looks as one that the quotes should not hold."""
-    return len(cells) == width and cells[name_at].strip().lower().endswith(SUFFIXES)
 
 
 def _parquet_rows(table: Path, columns: Columns) -> Iterator[Row]:

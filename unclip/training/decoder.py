@@ -20,8 +20,8 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
-from unclip.data.open import DataConfig
-from unclip.data.sample import Batch
+from unclip.data.open import DataConfig, Spec
+from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
@@ -33,10 +33,10 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Shown,
     check_widths,
     draw,
     drop,
-    first_samples,
     frozen_clip,
     open_train,
     sample_preview,
@@ -55,7 +55,7 @@ class DecoderRun(Config):
 
     clip: Place
     data: DataConfig
-    embeddings: Place | None = None
+    embeddings: Spec | None = None
     model: DecoderConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
@@ -77,9 +77,9 @@ class DecoderTask:
 
     name = "decoder"
 
-    def __init__(self, run: DecoderRun, clip: FrozenCLIP):
+    def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip = run, clip
+        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = Decoder(run.model)
         self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
@@ -88,7 +88,7 @@ class DecoderTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids = batch.ids
-        cond = self._jittered(self._cond(batch.images, batch.captions, batch.embeds), ids)
+        cond = self._jittered(self._cond(batch.images, batch.captions, batch.z_image), ids)
         cond = cond.drop(
             self.clip.null_text,
             drop_image=drop(self.run, "image", ids, batch.images),
@@ -100,7 +100,7 @@ class DecoderTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Top row: validation pictures; below: what the decoder makes of their embeddings."""
-        images, captions = first_samples(self.run.data, PREVIEWS)
+        images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
         cond = self._cond(images, captions)
         out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
@@ -135,11 +135,12 @@ class DecoderTask:
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
     dataset, clip = open_train(run), frozen_clip(run.clip, accelerator)
+    task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
+        cache.check_fit(run.data.fit)
         dataset = Tolerant(Joined(dataset, cache))
-    task = DecoderTask(run, clip)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import as_embeddings
-from unclip.data.sample import Dataset, fixed
+from unclip.data.cache import embeddings_of
+from unclip.data.sample import Batch, Dataset, fixed
 from unclip.images import resize
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
@@ -52,8 +52,8 @@ def fit_layout(
     assert layout is not None and config is not None
     device = layout.out.weight.device
     parts = [
-        (z, resize(x.to(device), config.side).flatten(1))
-        for z, x in _embedded(clip, dataset, LAYOUT_COUNT)
+        (z, resize(batch.images.to(device), config.side).flatten(1))
+        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
     ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
@@ -146,12 +146,12 @@ def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> 
     return scale.inverse(scale(z) + sigma[:, None] * noise)
 
 
-def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Embeddings and pictures of at most about `count` samples, evenly over the dataset."""
+def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[Tensor, Batch]]:
+    """At most about `count` samples with their embeddings, evenly over the dataset."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     for start in range(0, len(chosen), 64):
-        x = torch.stack([fixed(dataset, i).image for i in chosen[start : start + 64]])
-        yield as_embeddings(clip, x), x
+        batch = Batch.of([fixed(dataset, i) for i in chosen[start : start + 64]])
+        yield embeddings_of(clip, batch), batch
 
 
 def _paired(
@@ -159,10 +159,7 @@ def _paired(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings (n, D) of `count` pictures and of their captions, evenly over the dataset."""
     for start in range(0, count, 64):
-        samples = [
-            dataset.get(j * len(dataset) // count, randomness.generator(seed, "draft caption", j))
-            for j in range(start, min(start + 64, count))
-        ]
-        x = torch.stack([sample.image for sample in samples])
-        text = clip.encode_text([sample.caption for sample in samples])
-        yield as_embeddings(clip, x), text.embed.float()
+        numbers = range(start, min(start + 64, count))
+        own = {j: randomness.generator(seed, "draft caption", j) for j in numbers}
+        batch = Batch.of([fixed(dataset, j * len(dataset) // count, own[j]) for j in numbers])
+        yield embeddings_of(clip, batch), clip.encode_text(batch.captions).embed.float()

@@ -17,7 +17,8 @@ from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
 from unclip.files.disk import check_writable, from_home
-from unclip.precision import default_dtype
+from unclip.images import Fit
+from unclip.precision import allow_tf32, default_dtype
 from unclip.progress import progress_bar
 
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=from_home, help="the cache; begun ones are gone on with")
     parser.add_argument("--clip", required=True, help="the frozen encoder")
     parser.add_argument("--resolution", type=int, help="of the pictures; the encoder's by default")
+    parser.add_argument(
+        "--fit", choices=("pad", "middle"), default="pad", help="padded to squares, or their middle"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="passes, each with other wordings")
     parser.add_argument("--rows", type=int, default=100_000, help="embeddings in a file")
     parser.add_argument("--batch", type=int, default=256)
@@ -43,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
         check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available())
-        if state.device.type != "cpu":
-            torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+        allow_tf32(state.device)
         clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
-        dataset = open_dataset(given.data, resolution)
+        dataset = open_dataset(given.data, Fit(resolution, given.fit))
         total = len(dataset) * given.rounds
-        plan = CachePlan(given.data, resolution, given.seed, given.rounds, given.rows, total)
+        plan = CachePlan(
+            given.data, resolution, given.seed, given.rounds, given.rows, total, given.fit
+        )
         with state.main_process_first():
             begin_cache(given.out, clip, plan)
         shown = state.is_main_process

@@ -40,7 +40,8 @@ MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
-    """How to train. `batch` is global: over all processes and accumulation steps."""
+    """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
+    makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -62,6 +63,7 @@ class TrainConfig(Config):
     keep: int = Field(default=2, ge=2)
     precision: Precision = "fp32"
     compile: bool = False
+    deterministic: bool = False
     init: Place | None = None
 
 

@@ -18,7 +18,12 @@ from accelerate.utils import GradientAccumulationPlugin
 from unclip.config import Config, load_config
 from unclip.errors import ConfigError, UnclipWarning, exit_on_error
 from unclip.files.disk import check_writable
-from unclip.precision import Precision, resolve_precision
+from unclip.precision import (
+    Precision,
+    allow_tf32,
+    compute_deterministically,
+    resolve_precision,
+)
 from unclip.training import sharding
 from unclip.training.fit import TrainConfig
 
@@ -61,7 +66,10 @@ def main(
         train = config.train  # type: ignore[attr-defined]
         check_writable(Path(train.out), "train.out")
         check_launcher(train)
+        if train.deterministic:
+            compute_deterministically()
         accelerator = start_accelerator(train.precision)
+        allow_tf32(accelerator.device)
         torch.manual_seed(train.seed)
         run(config, accelerator)
         accelerator.end_training()  # destroys the process group

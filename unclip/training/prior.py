@@ -17,9 +17,10 @@ from torch.nn.functional import cosine_similarity
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.cache import EmbeddingCache, as_embeddings
-from unclip.data.open import DataConfig, is_cache, open_dataset
-from unclip.data.sample import Batch
+from unclip.data.cache import EmbeddingCache, embeddings_of
+from unclip.data.open import DataConfig, is_cache
+from unclip.data.sample import Batch, Dataset
+from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, to_pil
@@ -30,10 +31,10 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Shown,
     check_widths,
     draw,
     drop,
-    first_samples,
     frozen_clip,
     sample_preview,
     start_from,
@@ -64,9 +65,9 @@ class PriorTask:
 
     name = "prior"
 
-    def __init__(self, run: PriorRun, clip: FrozenCLIP):
+    def __init__(self, run: PriorRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip = run, clip
+        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = DiffusionPrior(run.model)
         self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
@@ -75,7 +76,7 @@ class PriorTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each pair. **Shapes**: → (B,)."""
         ids = batch.ids
-        z_image = as_embeddings(self.clip, batch.images)
+        z_image = embeddings_of(self.clip, batch)
         cond = Cond(text=self.clip.encode_text(batch.captions))
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", ids, z_image))
         x0 = self.stage.network.scale(z_image)  # (B, D)
@@ -86,7 +87,7 @@ class PriorTask:
         """Each row: a validation picture, then those nearest to what its caption gave."""
         if self.run.data.val is None and is_cache(self.run.data.train):
             return None  # no pictures to show
-        images, captions = first_samples(self.run.data, 64)
+        images, captions = self.shown.first(64)
         z_image = self.clip.encode_image(images)
         text = self.clip.encode_text(captions[:PREVIEWS])
         z = model.scale.inverse(
@@ -108,11 +109,11 @@ class PriorTask:
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset = open_dataset(run.data.train, run.data.resolution, embeddings=True)
+    dataset = run.data.open(run.data.train, embeddings=True)
     clip = frozen_clip(run.clip, accelerator)
-    if isinstance(dataset, EmbeddingCache):
-        dataset.check_encoder(clip, run.clip)
-    task = PriorTask(run, clip)
+    if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
+        dataset.dataset.check_encoder(clip, run.clip)
+    task = PriorTask(run, clip, dataset)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)

@@ -17,9 +17,9 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.conditioning import Cond
 from unclip.config import Config, flat
-from unclip.data.open import DataConfig, open_dataset
+from unclip.data.open import DataConfig
 from unclip.data.order import batches
-from unclip.data.sample import Batch, Dataset, fixed
+from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.find import resolve_folder
 from unclip.files.folder import WEIGHTS, read_stage_config
@@ -30,7 +30,17 @@ from unclip.stages.stage import Stage
 
 PREVIEWS = 8
 # What may differ between weights and the run that starts from them.
-FREE = ("dropout", "checkpointing", "low", "high", "resolution", "steps", "schedule")
+FREE = {
+    "dropout",
+    "checkpointing",
+    "low",
+    "high",
+    "resolution",
+    "steps",
+    "schedule",
+    "weight",
+    "bias",
+}
 
 
 class DropConfig(Config):
@@ -62,20 +72,36 @@ def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None
             )
 
 
-def first_samples(data: DataConfig, count: int) -> tuple[Tensor, list[str]]:
-    """The first pictures of the validation set, or of the training set where there is none."""
-    dataset = open_dataset(data.val or data.train, data.resolution)
-    samples = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
-    return torch.stack([s.image for s in samples]), [s.caption for s in samples]
+class Shown:
+    """What previews show: the first pictures of the validation set, or where there is none of the
+    training set, which is open already. They are read once and kept."""
+
+    def __init__(self, data: DataConfig, train: Dataset | None = None) -> None:
+        self.data, self.train = data, train
+        self._kept: list[Sample] = []
+
+    def first(self, count: int) -> tuple[Tensor, list[str]]:
+        """**Shapes**: → (n, 3, H, W) in [-1, 1] and n captions, n at most `count`."""
+        if not self._kept:
+            spec = self.data.val or self.data.train
+            use = None if self.data.val else self.train
+            dataset = self.data.open(spec) if use is None else use
+            self._kept = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
+        shown = self._kept[:count]
+        return torch.stack([s.image for s in shown]), [s.caption for s in shown]
 
 
 def open_train(run: Any) -> Dataset:
-    return open_dataset(run.data.train, run.data.resolution)
+    return run.data.open(run.data.train)
 
 
 def stream(
-    dataset: Dataset, run: Any, accelerator: Accelerator
+    dataset: Dataset,
+    run: Any,
+    accelerator: Accelerator,
+    made: Callable[[Batch], Batch] | None = None,
 ) -> Callable[[int], Iterator[Batch]]:
+    """This process's micro-batches from a step on; `made` as in `batches`."""
     return lambda step: batches(
         dataset,
         batch=run.train.batch,
@@ -86,14 +112,17 @@ def stream(
         accumulate=run.train.accumulate,
         crop=run.data.crop,
         workers=run.data.workers,
+        pin=accelerator.device.type == "cuda",
+        **({} if made is None else {"made": made}),
     )
 
 
-def draw(run: Any, ids: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Timestep (B,) and noise (B, *) of each sample, by its global id."""
+def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Timestep (B,) and noise (B, *) of each sample, by its global id, or with noise at hand."""
     seed = run.train.seed
     t = randomness.integers(seed, "t", ids, run.diffusion.steps)
-    noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
+    if noise is None:
+        noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
     return t.to(x0.device), noise.to(x0.device)
 
 
