@@ -86,6 +86,10 @@ class Stage:
         """Whether the network is told a caption."""
         return getattr(self.config, "text_width", None) is not None
 
+    def embeddings(self, drawn: Tensor) -> Tensor:
+        """Raw CLIP embeddings of what a prior drew. **Shapes**: (B, D) → (B, D)."""
+        return self.network.scale.inverse(drawn)
+
     @torch.no_grad()
     def guess(
         self,
@@ -172,10 +176,13 @@ class Stage:
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
-            "diffusion": self.diffusion.config.model_dump(mode="json"),
+            "diffusion": self._process(),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
         }
+
+    def _process(self) -> dict[str, Any] | None:
+        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,
