@@ -114,8 +114,8 @@ def text_diff(
 
     **Raises**: `ConfigError` for captions of one embedding, or a strength that is not finite.
     """
-    many = not isinstance(strength, int | float)
-    strengths = torch.tensor([float(s) for s in ([strength] if not many else strength)])  # type: ignore[union-attr,list-item]
+    one = isinstance(strength, int | float)
+    strengths = torch.tensor([strength] if isinstance(strength, int | float) else list(strength))
     if not len(strengths) or not bool(strengths.isfinite().all()):
         raise ConfigError(f"strength = {strength}: must be one or more finite numbers")
     z_image = pipe.encode_image(image)  # (1, D)
@@ -123,7 +123,7 @@ def text_diff(
     z = torch.cat([sphere.text_diff(z_image, old, new, float(s)) for s in strengths])
     x_T = pipe.invert(image, z_image, steps).expand(len(z), -1, -1, -1)
     drawn = pipe.redraw(z, x_T, steps=steps, **options)
-    return drawn if many else drawn[0]
+    return drawn[0] if one else drawn
 
 
 def mix(

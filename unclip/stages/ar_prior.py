@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
-from unclip.clip.fingerprint import Fingerprint
 from unclip.models.ar_prior import ArPrior
 from unclip.progress import progress_bar
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Stage

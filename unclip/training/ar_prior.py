@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
@@ -17,14 +16,15 @@ from torch import Tensor, nn
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.sample import Batch
+from unclip.data.cache import embeddings_of
+from unclip.data.open import DataConfig
+from unclip.data.sample import Batch, Dataset
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
 from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 from unclip.training.drafts import fit_quantizer
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.prior import nearest_pictures, open_pairs
-from unclip.training.task import DropConfig, check_widths, drop, start_from, stream
-from unclip.data.open import DataConfig
+from unclip.training.task import DropConfig, Shown, check_widths, drop, start_from, stream
 
 
 class ArPriorRun(Config):
@@ -43,9 +43,9 @@ class ArPriorTask:
 
     name = "ar_prior"
 
-    def __init__(self, run: ArPriorRun, clip: FrozenCLIP):
+    def __init__(self, run: ArPriorRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip = run, clip
+        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = ArPrior(run.model)
         self.product: nn.Module = self.model
         self.stage = ArStage.of(self.model, run.sampling, clip.fingerprint)
@@ -56,7 +56,7 @@ class ArPriorTask:
         **Shapes**: → (B,).
         """
         quantizer = self.stage.network.quantizer
-        z_image = as_embeddings(self.clip, batch)
+        z_image = embeddings_of(self.clip, batch)
         text = self.clip.encode_text(batch.captions)
         dot = quantizer.dot(z_image, text.embed)  # of the caption, though it may be dropped
         cond = Cond(text=text)
@@ -69,7 +69,7 @@ class ArPriorTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
-        return nearest_pictures(self.stage, model, self.run.data, self.clip)
+        return nearest_pictures(self.stage, model, self.run.data, self.shown, self.clip)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
@@ -83,7 +83,7 @@ class ArPriorTask:
 def train_ar_prior(run: ArPriorRun, accelerator: Accelerator) -> Path:
     """Train the autoregressive prior; the newest checkpoint's folder."""
     dataset, clip = open_pairs(run, accelerator)
-    task = ArPriorTask(run, clip)
+    task = ArPriorTask(run, clip, dataset)
 
     def begin() -> None:
         fit_quantizer(task.stage.network.quantizer, clip, dataset, run.train.seed)
