@@ -32,6 +32,8 @@ TINY = [
     *("model.transformer.width=24", "train.batch=4", "train.precision=fp32"),
 ]
 
+DEEPER = [key.replace("layers=1", "layers=2") for key in TINY]
+
 
 def tiny(clip: Path, *more: str) -> ArPriorRun:
     return load_config(SHAPES, [*TINY, f"clip={clip}", *more], ArPriorRun)
@@ -107,7 +109,7 @@ def test_what_it_needs_is_planned(model_folder: Path) -> None:
     small = plan(SHAPES, [*TINY, f"clip={model_folder}"], gpus=1)
     network = ArPriorTask(tiny(model_folder), FrozenCLIP.load(str(model_folder))).model
     assert small.parameters == sum(x.numel() for x in network.state_dict().values())
-    twice = plan(SHAPES, [*TINY, f"clip={model_folder}", "model.transformer.layers=2"], gpus=1)
+    twice = plan(SHAPES, [*DEEPER, f"clip={model_folder}"], gpus=1)
     assert twice.flops > 1.5 * small.flops and twice.activations > small.activations
 
 
