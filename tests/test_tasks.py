@@ -25,6 +25,7 @@ from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.training.ar_prior import ArPriorRun
 from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
@@ -36,6 +37,7 @@ SCHEMAS = {
     "clip": ClipRun,
     "judge": ClipRun,
     "prior": PriorRun,
+    "ar": ArPriorRun,
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
