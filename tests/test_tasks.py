@@ -20,7 +20,7 @@ from unclip.conditioning import TextEncoding
 from unclip.config import load_config
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
-from unclip.data.sample import Sample
+from unclip.data.sample import Sample, fixed
 from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
@@ -29,6 +29,7 @@ from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
+from unclip.training.task import Shown
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,8 @@ def tiny(stage, clip, *more):
     if stage == "prior":
         overrides += ["model.context=12"]
     path = ROOT / "configs" / "shapes" / f"{stage}.yaml"
-    return load_config(path, [*overrides, *more], SCHEMAS[stage.split("_")[0]])
+    last = {override.partition("=")[0]: override for override in [*overrides, *more]}
+    return load_config(path, [*last.values()], SCHEMAS[stage.split("_")[0]])
 
 
 def first_batch(run, **where):
@@ -119,7 +121,7 @@ def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     assert_close(decoders[0].layout.state_dict(), decoders[1].layout.state_dict())
     seen = range(0, len(dataset), len(dataset) // 128)[:64]
     images = torch.stack([dataset.get(i, randomness.generator(0, "", i)).image for i in seen])
-    small = resize(images, 8)
+    small = resize(images, 8).flatten(1)
     drawn = decoders[0].layout(decoders[0].scale(clip.encode_image(images)))
     mean = small.mean(0, keepdim=True)
     assert (drawn - small).square().mean() < 0.7 * (mean - small).square().mean()
@@ -311,3 +313,29 @@ def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_
     ]
     assert losses[0] != losses[1]
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, model_folder, count):
+    """Of three validation pictures the prior's preview failed ("k out of range"), and the
+    decoder's put its second row beside the first."""
+    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.data, count))
+    clip = FrozenCLIP.load(str(model_folder))
+    tasks = [PriorTask(tiny("prior", str(model_folder)), clip)]
+    tasks += [DecoderTask(tiny("decoder", str(model_folder), "sampling.steps=2"), clip)]
+    tasks += [UpsamplerTask(tiny("upsampler_64", None, "sampling.steps=2"))]
+    shapes = {"prior": (count, 1 + min(4, count)), "decoder": (2, count), "upsampler": (3, count)}
+    for task in tasks:
+        rows, columns = shapes[task.name.split("_")[0]]
+        side = task.run.data.crop or task.run.data.resolution
+        side = task.run.model.resolution if task.name == "decoder" else side
+        with torch.no_grad():
+            image = task.preview(task.model.eval())
+        assert image.size == (columns * (side + 4) + 4, rows * (side + 4) + 4)
+
+
+def few(data, count):
+    """The first pictures of the shapes' validation set."""
+    data = open_dataset("shapes:val", data.resolution)
+    samples = [fixed(data, i) for i in range(count)]
+    return torch.stack([s.image for s in samples]), [s.caption for s in samples]

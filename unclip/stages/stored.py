@@ -19,11 +19,10 @@ from unclip.files.folder import (
     WEIGHTS,
     WEIGHTS_LAST,
     read_stage_config,
-    stage_order,
+    stage_kind,
 )
 from unclip.files.tensors import TensorFile, load_tensors
-from unclip.models.prior import DiffusionPrior
-from unclip.stages.kinds import NETWORKS, build
+from unclip.stages.kinds import KINDS, build
 from unclip.stages.stage import Stage
 
 
@@ -53,9 +52,8 @@ class StoredStage:
 
         **Raises**: `CheckpointError` where they don't fit the network.
         """
-        config = self.stage.network.config
         networks = [
-            materialise(build(self.stage.kind, config), tensors, self.where, device, dtype)
+            materialise(build(self.stage.config), tensors, self.where, device, dtype)
             for tensors in (self.tensors, self.last)
             if tensors is not None
         ]
@@ -67,17 +65,17 @@ def read_stage(folder: Path, name: str) -> StoredStage:
 
     **Raises**: `CheckpointError` when files are missing, damaged or do not fit together.
     """
-    stage_order(name)  # a name from an index must not lead out of the folder
+    expected = stage_kind(name)  # a name from an index must not lead out of the folder
     data = read_stage_config(folder, name)
     where = str(folder / name / CONFIG)
-    kind = data.get("kind")
-    if kind not in NETWORKS or kind != name.split("_")[0]:
+    kind = KINDS.get(str(data.get("kind")))
+    if kind is None or kind.name != expected:
         raise CheckpointError(
-            f"{where}: kind {kind!r} in the stage {name!r}; expected one of {list(NETWORKS)}"
+            f"{where}: kind {data.get('kind')!r} in the stage {name!r}; expected one of "
+            f"{list(KINDS)}"
         )
-    schema = NETWORKS[kind][0]
     try:
-        config = parse_config(data["model"], schema, where)
+        config = parse_config(data["model"], kind.config, where)
         diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
         sampling = parse_config(data["sampling"], SamplingConfig, where)
         clip = data.get("clip")
@@ -86,7 +84,7 @@ def read_stage(folder: Path, name: str) -> StoredStage:
         raise CheckpointError(f"{where} can't be used: {error}") from None
     if getattr(config, "learned_variance", False) != diffusion.learned_variance:
         raise CheckpointError(f"{where}: learned_variance of model and diffusion must agree")
-    stage = Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling, encoder)
+    stage = Stage(name, build(config), GaussianDiffusion(diffusion), sampling, encoder)
     weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
     return StoredStage(
         stage, TensorFile(weights), TensorFile(last) if last.is_file() else None, str(weights)
@@ -105,7 +103,5 @@ def materialise(
     Memory is taken once, in `dtype`; tensors are read one by one. `what` names them in errors.
     """
     network.to(dtype).to_empty(device=device)
-    if not isinstance(network, DiffusionPrior):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     load_tensors(network, tensors, what)
     return network.eval().requires_grad_(False)

@@ -48,13 +48,15 @@ def fit_layout(
     It sees two hundred times as many pictures a second as through the U-Net, which goes on from
     here. **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
     """
-    layout = decoder.layout
-    assert layout is not None
-    drawn = _embedded(clip, dataset, LAYOUT_COUNT)
-    parts = [(z, resize(batch.images, layout.side)) for z, batch in drawn]
-    device = layout.out.weight.device  # not the encoder's before the run has begun
+    layout, config = decoder.layout, decoder.config.layout
+    assert layout is not None and config is not None
+    device = layout.out.weight.device
+    parts = [
+        (z, resize(batch.images.to(device), config.side).flatten(1))
+        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
+    ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
-    x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
+    x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(z), (BATCH,), generator=g).to(device)
@@ -80,7 +82,7 @@ def fit_draft(
     """
     draft, scale = prior.draft, prior.text_scale
     assert draft is not None and scale is not None
-    device = draft.out.weight.device  # not the encoder's before the run has begun
+    device = draft.out.weight.device
     count = min(DRAFT_COUNT, DRAFT_WORDINGS * len(dataset))
     pairs = list(_paired(clip, dataset, seed, count))
     x0 = prior.scale(torch.cat([z for z, _ in pairs]).to(device))  # (n, D)
@@ -114,8 +116,8 @@ def _fit(
     autocast: Autocast,
 ) -> None:
     """Least squares on `rounds` batches of (condition, what it stands for)."""
-    frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LR, fused=True)
+    fitted = [parameter.requires_grad_() for parameter in draft.fitted()]
+    optimizer = torch.optim.AdamW(fitted, LR, fused=True)
     for step in progress_bar(range(rounds), name):
         condition, x0 = draw(randomness.generator(seed, name, step))
         optimizer.param_groups[0]["lr"] = LR * min(1, 20 * step / rounds, 1 - step / rounds)
@@ -125,7 +127,7 @@ def _fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for parameter in frozen:
+    for parameter in fitted:
         parameter.requires_grad_(False)
 
 

@@ -28,14 +28,19 @@ from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.evaluation import markdown_table
-from unclip.stages.kinds import NETWORKS
+from unclip.evaluation.scores import markdown_table
+from unclip.stages.kinds import kind_of, kind_of_keys
 from unclip.training.decoder import DecoderRun
 from unclip.training.prior import PriorRun
 from unclip.training.sharding import largest_unit
 from unclip.training.upsampler import UpsamplerRun
 
 GB = 1e9
+RUNS: dict[str, type[Config]] = {
+    "prior": PriorRun,
+    "decoder": DecoderRun,
+    "upsampler": UpsamplerRun,
+}
 CONTEXT = 77  # of CLIP's text encoders: at most as many token states enter a decoder
 
 
@@ -269,20 +274,14 @@ def _inputs(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
 
 def _network(run: Any, model: Config | None = None) -> nn.Module:
     config = model or run.model
-    network = next(one for schema, one in NETWORKS.values() if isinstance(config, schema))
-    return network(config)
+    return kind_of(config).network(config)
 
 
 def _load(path: str | Path, overrides: list[str]) -> Any:
-    sections = read_yaml(Path(path))
-    model = sections.get("model") or {}
-    if "degradation" in sections:
-        return load_config(path, overrides, UpsamplerRun)
-    if "unet" in model:
-        return load_config(path, overrides, DecoderRun)
-    if "transformer" in model:
-        return load_config(path, overrides, PriorRun)
-    raise ConfigError(f"{path} is no configuration of a prior, a decoder or an upsampler")
+    kind = kind_of_keys(read_yaml(Path(path)).get("model") or {})
+    if kind is None:
+        raise ConfigError(f"{path} is no configuration of a prior, a decoder or an upsampler")
+    return load_config(path, overrides, RUNS[kind.name])
 
 
 def _with_checkpointing(config: Any, on: bool) -> Any:

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, embeddings_of
 from unclip.data.open import DataConfig, is_cache
 from unclip.data.sample import Batch, Dataset
@@ -35,7 +35,9 @@ from unclip.training.task import (
     check_widths,
     draw,
     drop,
+    frozen_clip,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -43,7 +45,7 @@ from unclip.training.task import (
 class PriorRun(Config):
     """A training run of the diffusion prior; `clip` names the frozen encoder."""
 
-    clip: str
+    clip: Place
     data: DataConfig
     model: PriorConfig
     diffusion: DiffusionConfig
@@ -67,6 +69,7 @@ class PriorTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = DiffusionPrior(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -90,19 +93,24 @@ class PriorTask:
         z = model.scale.inverse(
             sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
         )
-        near = cosine_similarity(z[:, None], z_image[None], dim=-1).topk(4, dim=1).indices
+        similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
+        near = similar.topk(min(4, len(images)), dim=1).indices
         rows = [[k, *near[k].tolist()] for k in range(len(z))]
-        return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
+        return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
     dataset = run.data.open(run.data.train, embeddings=True)
-    clip = FrozenCLIP.load(run.clip, accelerator.device)
+    clip = frozen_clip(run.clip, accelerator)
     if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
         dataset.dataset.check_encoder(clip, run.clip)
         if not run.model.scale.normalizes:
