@@ -30,6 +30,7 @@ from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
+from unclip.training.task import Shown
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,8 @@ def tiny(stage, clip, *more):
     if stage == "prior":
         overrides += ["model.context=12"]
     path = ROOT / "configs" / "shapes" / f"{stage}.yaml"
-    return load_config(path, [*overrides, *more], SCHEMAS[stage.split("_")[0]])
+    last = {override.partition("=")[0]: override for override in [*overrides, *more]}
+    return load_config(path, [*last.values()], SCHEMAS[stage.split("_")[0]])
 
 
 def first_batch(run, **where):
@@ -350,8 +352,7 @@ def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_
 def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, model_folder, count):
     """Of three validation pictures the prior's preview failed ("k out of range"), and the
     decoder's put its second row beside the first."""
-    for stage in ("training.prior", "training.decoder", "training.upsampler"):
-        monkeypatch.setattr(f"unclip.{stage}.first_samples", lambda data, most: few(data, count))
+    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.data, count))
     clip = FrozenCLIP.load(str(model_folder))
     tasks = [PriorTask(tiny("prior", str(model_folder)), clip)]
     tasks += [DecoderTask(tiny("decoder", str(model_folder), "sampling.steps=2"), clip)]

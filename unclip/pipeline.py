@@ -322,8 +322,8 @@ class UnCLIP:
 
     def _usual_norm(self) -> float | None:
         """The norm of raw embeddings, as far as the stages or the encoder know it."""
-        measured = (s.network.scale.norm for s in (self.decoder, self.prior) if s is not None)
-        norm = next((norm for norm in measured if norm is not None), None)
+        scales = (getattr(stage.network, "scale", None) for stage in self.stages)
+        norm = next((scale.norm for scale in scales if scale is not None and scale.norm), None)
         if norm is not None or self.clip is None:
             return norm
         with self._resident_clip() as clip:
