@@ -36,6 +36,7 @@ from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.plan import flop_counter
+from unclip.training.precision import resolve_precision
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
@@ -106,7 +107,8 @@ def work(name: str, batch: int, precision: str) -> None:
         count, side, captions = batch, 64, [""] * batch
     else:
         task, run = emoji(name)
-        precision, count = run.train.precision, run.train.batch
+        precision = resolve_precision(run.train.precision, torch.device("cpu"))
+        count = run.train.batch
         side, captions = run.data.crop or run.data.resolution, [CAPTION] * count
     images = 2 * torch.rand(count, 3, side, side) - 1
     ready = Batch(images, captions, torch.arange(count), [""] * count)

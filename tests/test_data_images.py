@@ -4,27 +4,64 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, ImageOps
 
 from unclip import images
+from unclip.containers import orientation
 from unclip.errors import DataError
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG."""
+    check = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + check
+
+
+def _encode(form: str, **more: object) -> bytes:
+    """Noise of 12 x 8."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, form, lossless=True, **more)
+    return file.getvalue()
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(images.load_image(io.BytesIO(data), "picture"))
+
+
+def _insert(data: bytes, form: str, exif: bytes) -> bytes:
+    """A file with an EXIF block, whatever that is, put in by hand."""
+    if form == "JPEG":
+        return (
+            data[:2]
+            + b"\xff\xe1"
+            + struct.pack(">H", len(exif) + 8)
+            + b"Exif\0\0"
+            + exif
+            + data[2:]
+        )
+    if form == "PNG":
+        return data[:33] + _chunk(b"eXIf", exif) + data[33:]
+    size = struct.pack("<III", 8, 11, 7)
+    head = b"VP8X" + struct.pack("<I", 10) + size[:4] + size[4:7] + size[8:11]
+    tail = b"EXIF" + struct.pack("<I", len(exif)) + exif + b"\0" * (len(exif) % 2)
+    body = b"WEBP" + head + data[12:] + tail
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + check
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0")), chunk(b"IEND", b""))
+    parts = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(b"\0")), _chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -81,11 +118,119 @@ def test_other_formats_and_absent_files_are_errors(tmp_path: Path) -> None:
         images.load_image(tmp_path / "b.png")
 
 
-def test_a_turned_photograph_comes_out_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_turned_photograph_comes_out_upright(form: str, turn: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned a quarter
-    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
-    assert images.load_image(tmp_path / "a.jpg").size == (2, 4)
+    exif[0x0112] = turn
+    data = _encode(form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(_pixels(data), np.asarray(expected))
+    assert (_pixels(data).shape[:2] == (12, 8)) == (turn > 4)
+
+
+@st.composite
+def _exif(draw: st.DrawFn) -> bytes:
+    """A directory as cameras write it, gone wrong: any type, count and value of any tag."""
+    order = draw(st.sampled_from("<>"))
+    tags = st.sampled_from([0x010F, 0x0112, 0x011A, 0x011B, 0x0128, 0x8769, 0x8825, 0xA005])
+    number = st.sampled_from([0, 1, 1, 2, 5, 1000, 2**31])
+    value = st.one_of(
+        st.binary(min_size=4, max_size=4),
+        st.integers(0, 90).map(lambda n: struct.pack(order + "I", n)),
+    )
+    row = st.tuples(tags, st.integers(0, 14), number, value)
+    rows = [(0x0112, 3, 1, struct.pack(order + "HH", 6, 0)), *draw(st.lists(row, max_size=4))]
+    rows = draw(st.permutations(rows))
+    body = b"".join(
+        struct.pack(order + "HHI", tag, kind, n) + value for tag, kind, n, value in rows
+    )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(rows))
+    return head + body + draw(st.binary(max_size=40))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(exif=st.one_of(_exif(), st.binary(max_size=60)))
+def test_what_else_exif_says_costs_no_picture(form: str, exif: bytes) -> None:
+    """A rational camera maker or a text as resolution was a traceback, or a damaged picture."""
+    data = _encode(form)
+    turn = orientation(exif)
+    found, plain = _pixels(_insert(data, form, exif)), _pixels(data)
+    if turn == 6:
+        plain = np.rot90(plain, -1)
+    assert turn not in (1, 6) or np.array_equal(found, plain)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(exif=_exif())
+def test_the_orientation_is_the_one_that_pillow_reads(exif: bytes) -> None:
+    """Where it reads to the end: at a broken entry it gives up those behind it."""
+    theirs = Image.Exif()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        theirs.load(exif)
+        turn = theirs.get(0x0112)
+    if not told and (turn is None or isinstance(turn, int)):
+        assert orientation(exif) == (turn if turn in range(1, 9) else 1)
+
+
+JUNK = bytes(range(7))
+
+
+@pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        JUNK,
+        b"JFIF\0",
+        b"Adobe",
+        b"ICC_PROFILE\0\1",
+        b"MPF\0II*\0" + JUNK,
+        b"Exif\0\0" + JUNK,
+        b"Photoshop 3.0\x008BIM" + JUNK,
+        b"http://ns.adobe.com/xap/1.0/\0<x",
+    ],
+)
+def test_broken_segments_of_a_jpeg_cost_no_picture(marker: int, body: bytes) -> None:
+    data = _encode("JPEG")
+    soiled = data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[2:]
+    assert np.array_equal(_pixels(soiled), _pixels(data))
+
+
+@pytest.mark.parametrize(
+    "kind", [b"gAMA", b"cHRM", b"iCCP", b"iTXt", b"zTXt", b"tEXt", b"pHYs", b"acTL", b"xxXx"]
+)
+@pytest.mark.parametrize("place", [33, -12])
+def test_broken_chunks_of_a_png_cost_no_picture(kind: bytes, place: int) -> None:
+    data = _encode("PNG")
+    for chunk in (_chunk(kind, b""), _chunk(kind, JUNK), _chunk(kind, JUNK)[:-1] + b"?"):
+        assert np.array_equal(_pixels(data[:place] + chunk + data[place:]), _pixels(data))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "P"), ("PNG", "1"), ("PNG", "LA"), ("WEBP", "RGBA")],
+)
+def test_nothing_that_colours_need_is_left_out(form: str, mode: str) -> None:
+    """Pillow's own reading, with all metadata in the file, gives the same pixels."""
+    file = io.BytesIO()
+    picture = Image.open(io.BytesIO(_encode("PNG"))).convert(mode)
+    more = {"icc_profile": b"profile", "exif": Image.Exif(), "xmp": b"<x/>", "dpi": (72, 72)}
+    picture.save(file, form, transparency=3, **more) if mode == "P" else picture.save(
+        file, form, **more
+    )
+    expected = images.to_rgb(Image.open(io.BytesIO(file.getvalue())))
+    assert np.array_equal(_pixels(file.getvalue()), np.asarray(expected))
+
+
+def test_an_animation_gives_its_first_picture() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for form in ("PNG", "WEBP"):
+        file = io.BytesIO()
+        frames[0].save(file, form, save_all=True, append_images=frames[1:], lossless=True)
+        assert _pixels(file.getvalue())[0, 0].tolist() == [255, 0, 0]
 
 
 def test_tensors_and_pictures_convert_back_and_forth_exactly() -> None:

@@ -10,8 +10,9 @@ from diffusers import DDPMScheduler, UnCLIPScheduler
 from torch.testing import assert_close
 
 from unclip.conditioning import Cond
+from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas
-from unclip.diffusion.sampling import SamplingConfig, sample
+from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.schedulers import make_scheduler
 from unclip.errors import ConfigError
 
@@ -49,6 +50,12 @@ class PerfectDenoiser:
 
 def generators(n, seed=0):
     return [torch.Generator().manual_seed(seed + k) for k in range(n)]
+
+
+def sample(diffusion, model, cond, shape, config, generators, **more):
+    guess = guided(diffusion, model, cond, config, **more)
+    noise = starting_noise(shape, generators)
+    return [*denoise(guess, diffusion, config, noise, generators)][-1].x
 
 
 def condition(n):
@@ -207,6 +214,86 @@ def test_an_upsampler_is_guided_away_from_its_input_at_the_cost_of_one_forward()
     made = sample(gaussian("x0"), Brighter(), cond, (3, 4, 4), config, generators(2))
     assert_close(made, low_res + 0.15)
     assert rows == [2] * 4
+
+
+class Told:
+    """Predicts the mean of the image embedding it was told, and notes how many rows at which t."""
+
+    def __init__(self):
+        self.asked = []
+
+    def prepare(self, cond):
+        return cond
+
+    def __call__(self, x_t, t, cond):
+        self.asked.append((len(x_t), int(t[0])))
+        mean = cond.image_embed.mean(1).view(-1, *[1] * (x_t.ndim - 1))
+        return mean.expand_as(x_t).contiguous()
+
+
+def told(*values):
+    return Cond(image_embed=torch.tensor(values)[:, None].expand(-1, 2))
+
+
+def test_each_condition_in_a_chain_has_its_own_guidance():
+    nothing, some, all_of_it = told(1.0, 2.0), told(1.5, 2.5), told(3.0, 7.0)
+    x_t = torch.randn(2, 3, 4, 4)
+    guess = Guided(gaussian("x0"), Told(), [nothing, some, all_of_it], [2.0, 3.0])
+    expected = torch.tensor([1 + 2 * 0.5 + 3 * 1.5, 2 + 2 * 0.5 + 3 * 4.5])
+    x0, variance = guess(x_t, 500)
+    assert variance is None
+    assert_close(x0, expected.view(2, 1, 1, 1).expand_as(x0))
+
+
+def test_guidance_leads_away_from_a_negative_condition():
+    config = SamplingConfig(steps=3, guidance=4.0, clip=None)
+    made = sample(
+        gaussian("x0"), Told(), told(0.5), (3, 4, 4), config, generators(1), negative=told(0.4)
+    )
+    assert_close(made, torch.full_like(made, 0.4 + 4 * 0.1))
+
+
+def test_guidance_acts_and_costs_within_its_interval_only():
+    config = SamplingConfig(steps=10, guidance=3.0, interval=(0.2, 0.5), clip=None)
+    model = Told()
+    sample(gaussian("x0"), model, told(1.0), (3, 4, 4), config, generators(1), negative=told(0.0))
+    for rows, t in model.asked:
+        assert rows == (2 if 0.2 <= t / 999 <= 0.5 else 1)
+    assert {rows for rows, _ in model.asked} == {1, 2}
+    guess = guided(gaussian("x0"), Told(), told(1.0), config, negative=told(0.0))
+    x_t = torch.randn(1, 3, 4, 4)
+    assert_close([float(guess(x_t, t)[0].mean()) for t in (0, 400, 900)], [1.0, 3.0, 1.0])
+    with pytest.raises(ValueError, match="interval"):
+        SamplingConfig(steps=10, interval=(0.5, 0.2))
+
+
+def test_another_network_takes_the_last_step():
+    for sampler in SAMPLERS:
+        config = SamplingConfig(sampler=sampler, steps=4, clip=None)
+        first, last = Told(), Told()
+        sample(gaussian("x0"), first, told(1.0), (3, 4, 4), config, generators(1), last=last)
+        assert (len(first.asked), len(last.asked)) == (3, 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_x_may_be_replaced_between_steps_at_the_timestep_it_stands_at(sampler):
+    """Half of the picture is put back, noised to where the trajectory stands: inpainting."""
+    diffusion, known = gaussian("v"), torch.rand(2, 3, 4, 8) - 0.5
+    config = SamplingConfig(sampler=sampler, steps=12, clip=None)
+    noise, seen = starting_noise((3, 4, 8), generators(2)), []
+
+    def after(x, t):
+        seen.append(t)
+        at = torch.full((2,), 0 if t is None else t)
+        there = known if t is None else diffusion.q_sample(known, at, noise)
+        return torch.cat([there[..., :4], x[..., 4:]], dim=-1)
+
+    guess = guided(diffusion, PerfectDenoiser(diffusion), condition(2), config)
+    steps = [*denoise(guess, diffusion, config, noise, generators(2, seed=9), after)]
+    _, timesteps = make_scheduler(diffusion, sampler, 12)
+    assert seen == [step.t for step in steps] == [*timesteps[1:], None]
+    assert_close(steps[-1].x[..., :4], known[..., :4])
+    assert_close(steps[-1].x[..., 4:], steps[-1].x0[..., 4:], rtol=1e-3, atol=0.02)
 
 
 @pytest.mark.parametrize("steps", [2, 25])

@@ -178,7 +178,7 @@ def test_metrics_have_every_entry_and_no_step_twice(tmp_path: Path) -> None:
     assert set(lines(tmp_path)[0]) == {
         "step", "images", "loss", "absolute", "grad_norm", "lr", "images_per_second", "data_wait",
         "processes",
-        "skipped", "odd",
+        "skipped", "odd", "precision",
     }  # fmt: skip
     assert lines(tmp_path)[1]["images"] == 32
     assert lines(tmp_path)[0]["lr"] == learning_rate(1, settings.train)

@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import read_yaml
 from unclip.data.shapes import Scene, Shapes, render, score
-from unclip.diffusion.sampling import sample
 from unclip.errors import exit_on_error
 from unclip.files.checkpoints import checkpoint_step, newest_checkpoint
 from unclip.images import gradient_energy, grid, psnr, resize, to_pil, to_tensor
@@ -42,9 +40,6 @@ SEEDS = 2  # pictures for each caption of one object
 PAIRS = 120  # captions of two objects, one picture each
 ENLARGED = 48  # of each kind are also scored after upsampling
 RESTORED = 64  # pictures on which upsamplers are compared with bicubic
-
-BF16_UNITS = ("avx512_bf16", "amx_bf16")  # without them a CPU emulates bf16, slowly
-PRECISION = "bf16" if any(map(torch.cpu.get_capabilities().get, BF16_UNITS)) else "fp32"
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Step:
 
     def command(self, out: Path) -> list[str]:
         """What is run, and what a person would type."""
-        overrides = [f"train.out={out / self.name}", f"train.precision={PRECISION}"]
+        overrides = [f"train.out={out / self.name}"]
         if self.reads_clip:
             overrides.append(f"clip={out / 'clip'}")
         return [f"train/{self.script}.py", str(self.config), *overrides]
@@ -174,16 +169,9 @@ def restore(stage: Stage, out: Path, count: int = RESTORED) -> dict[str, float]:
     scenes = held_out(count // 2, 1) + held_out(count // 2, 2)
     real = torch.stack([render(scene, config.high) for scene in scenes])  # (B, 3, R, R)
     bicubic = resize(resize(real, config.low), config.high).clamp(-1, 1)
-    parts: list[Tensor] = []
-    for first in range(0, len(real), 16):
-        low = bicubic[first : first + 16]
-        generators = [torch.Generator().manual_seed(first + k) for k in range(len(low))]
-        shape = tuple(low.shape[1:])
-        cond = Cond(low_res=low)
-        parts.append(
-            sample(stage.diffusion, stage.network, cond, shape, stage.sampling, generators)
-        )
-    restored = torch.cat(parts).clamp(-1, 1)
+    generators = [torch.Generator().manual_seed(k) for k in range(len(bicubic))]
+    shape = tuple(bicubic.shape[1:])
+    restored = stage.draw(Cond(low_res=bicubic), shape, stage.sampling, generators).clamp(-1, 1)
     rows = [x[k] for k in (0, 1, -1, -2) for x in (bicubic, restored, real)]
     grid([to_pil(x) for x in rows], columns=3).save(out / f"{stage.name}.png")
     return {

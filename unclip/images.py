@@ -5,8 +5,7 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -15,31 +14,43 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unclip.containers import bare
 from unclip.errors import DataError
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What Pillow's decoders raise on damaged files, besides its own OSError subclasses.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+MAX_BYTES = 2**30  # of a file: twice what `MAX_PIXELS` take in 16-bit RGBA
+UPRIGHT = (  # by EXIF's orientation, from 2 on
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 
 
 def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Read a JPEG, PNG or WebP as upright RGB on white; `name` stands for an open file in errors.
+
+    Of a file's metadata only EXIF's orientation is read, and damage in them is no damage.
 
     **Raises**: `DataError` naming the picture when it is missing, of another format, damaged, or
     larger than `MAX_PIXELS` by its header (checked before anything is decoded).
     """
     label = name or str(source)
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        data, turn = bare(_read(source, label))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, label)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except DataError:  # a ValueError too, so it must pass before `_DAMAGE`
+            upright = to_rgb(image.transpose(UPRIGHT[turn - 2]) if turn > 1 else image)
+    except (DataError, MemoryError):
         raise
     except FileNotFoundError:
         raise DataError(f"no picture at {label}", "missing") from None
@@ -52,8 +63,20 @@ def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
         raise DataError(
             f"{label} is not a JPEG, PNG or WebP picture; convert it first", "no picture"
         ) from None
-    except _DAMAGE as error:
+    except Exception as error:  # decoders raise anything on damaged files
         raise DataError(f"{label} is damaged and can't be decoded: {error}", "damaged") from None
+    return upright
+
+
+def _read(source: str | Path | BinaryIO, label: str) -> bytes:
+    if isinstance(source, str | Path):
+        with Path(source).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    else:
+        data = source.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{label} is larger than {MAX_BYTES:,} bytes", "too large")
+    return data
 
 
 def _check_size(image: Image.Image, label: str) -> None:

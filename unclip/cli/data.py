@@ -12,7 +12,7 @@ from unclip.cli.arguments import (
     Model,
     Precision,
 )
-from unclip.cli.shell import default_model, on_terminal, to_device, to_dtype
+from unclip.cli.shell import default_model, to_device, to_dtype
 from unclip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def embed(
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
     import torch
-    from tqdm import tqdm
 
     from unclip.cli.output import free_path, make_folder
     from unclip.clip.embeddings import write_embeddings
@@ -38,14 +37,14 @@ def embed(
     from unclip.files.find import resolve_folder
     from unclip.images import load_image
     from unclip.pipeline import UnCLIP
-    from unclip.stages.stage import BAR_AFTER
+    from unclip.progress import progress_bar
 
     make_folder(out.parent)
     clip = FrozenCLIP.load(str(resolve_folder(model or default_model())))
     encoder = clip.fingerprint  # taken in float32 and kept
     pipe = UnCLIP(clip.to(to_device(device), to_dtype(dtype)))
-    bar = tqdm(images, desc="embed", disable=not on_terminal(), delay=BAR_AFTER, leave=False)
-    rows = [pipe.encode_image(load_image(path)).float().cpu() for path in bar]
+    read = map(load_image, progress_bar(images, "embed"))
+    rows = [pipe.encode_image(image).float().cpu() for image in read]
     path = free_path(out)
     write_embeddings(path, torch.cat(rows), [str(image) for image in images], encoder)
     print(path)

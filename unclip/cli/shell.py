@@ -5,7 +5,6 @@ Nothing here imports torch before a verb has work to do.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,12 +93,12 @@ def draw(
 
 
 def by_stage(steps: str | None, guidance: str | None, sampler: str | None) -> dict[str, Any]:
-    """The options that may differ by stage, and whether to show progress."""
+    """The options that may differ by stage; with progress, for a person is watching."""
     return {
         "steps": _parse("--steps", steps, int),
         "guidance": _parse("--guidance", guidance, float),
         "sampler": _parse("--sampler", sampler, str),
-        "progress": on_terminal(),
+        "progress": True,
     }
 
 
@@ -140,8 +139,3 @@ def to_dtype(name: str) -> torch.dtype:
     import torch
 
     return getattr(torch, DTYPES[name])
-
-
-def on_terminal() -> bool:
-    """Whether someone is watching: progress bars in a log file would only be noise."""
-    return sys.stderr.isatty()

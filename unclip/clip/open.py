@@ -38,6 +38,7 @@ from unclip.files.disk import read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
+from unclip.progress import without_bars
 
 CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
 KEYS = ("missing", "unexpected", "mismatched")
@@ -153,10 +154,12 @@ def _from_open_clip(source: str) -> Parts:
 
 def _from_transformers(path: Path) -> Parts:
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers.utils import logging
 
     try:
         load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        both = CLIPModel.from_pretrained(path, **load)
+        with without_bars(logging):
+            both = CLIPModel.from_pretrained(path, **load)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a complete transformers CLIP folder: {error}"
@@ -196,17 +199,20 @@ def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
 
 
 def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     path = folder.parts[part]
     folder.tensors(part, TOWER_WEIGHTS)  # refuses pickles and files that are cut short
     try:
-        model, report = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=None if folder.allow_pickle else True,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with without_bars(logging):
+            model, report = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=None if folder.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} can't be used: {error}") from None
     wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from unclip.data.sample import Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import fit_square, from_array, load_image, to_rgb
+from unclip.progress import progress_bar
 
 RASTER_SET = "fluent-3d"
 FLUENT_SETS = ("fluent-emoji", "fluent-emoji-flat", "fluent-3d")  # they share drawings
@@ -258,8 +258,8 @@ def write_array(path: Path, archive: Mapping[str, bytes], keys: list[str], resol
         shape = (len(keys), resolution, resolution, 3)
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         jobs = ((archive[key], resolution) for key in keys)
-        bar = tqdm(_map(_job, jobs), total=len(keys), desc=f"drawing {path.stem}", unit=" pictures")
-        for row, pixels in enumerate(bar):
+        drawn = progress_bar(_map(_job, jobs), f"drawing {path.stem}", len(keys), unit=" pictures")
+        for row, pixels in enumerate(drawn):
             array[row] = pixels
         array.flush()
 

@@ -17,6 +17,7 @@ from unclip.data.captions import KEYS, clean
 from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
 from unclip.images import fit_square, load_image, to_tensor
+from unclip.progress import without_bars
 
 PREFIX = "hf:"
 CAPTIONS = (*KEYS, "captions", "TEXT")
@@ -93,7 +94,8 @@ def _load(spec: str, call: Callable[[Any], Any]) -> Any:
     except ImportError:
         raise ConfigError(f"data {spec!r} needs datasets: pip install 'unclip[train]'") from None
     try:
-        return call(datasets.load_dataset)
+        with without_bars(datasets.utils.logging):
+            return call(datasets.load_dataset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise DataError(f"data {spec!r} can't be loaded: {cause}") from None

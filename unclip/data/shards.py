@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from unclip.data.captions import caption_of, clean, decode
 from unclip.data.sample import MAX_BAD, Sample, cache_folder
 from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.progress import progress_bar
 
 BLOCK = 512  # of a tar file
 CHUNK = 2**20
@@ -76,7 +76,7 @@ class Shards:
         self.name, self.resolution, self.shards = name, resolution, shards
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(read_index, shards)
-            indexes = list(tqdm(found, "index", len(shards), delay=2.0, leave=False, disable=None))
+            indexes = list(progress_bar(found, "index", len(shards)))
         bad = dict.fromkeys(missing, "is not there")
         bad |= {str(s): i.problem for s, i in zip(shards, indexes, strict=True) if i.problem}
         self._entries = [index.entries for index in indexes]

@@ -55,6 +55,18 @@ class GaussianDiffusion:
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alpha_bar)
         self.posterior_mean_x0 = self.betas * previous.sqrt() / (1 - self.alpha_bar)
         self.posterior_mean_xt = (1 - previous) * alphas.sqrt() / (1 - self.alpha_bar)
+        # β̃_0 is zero, so its logarithm is taken from β̃_1.
+        small = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
+        values = {
+            "signal": self.alpha_bar.sqrt(),
+            "noise": (1 - self.alpha_bar).sqrt(),
+            "mean_x0": self.posterior_mean_x0,
+            "mean_xt": self.posterior_mean_xt,
+            "log_small": small.log(),
+            "log_large": self.betas.log(),
+        }
+        # By device, so that looking up makes no host wait for an accelerator.
+        self._tables = {torch.device("cpu"): {name: row.float() for name, row in values.items()}}
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise x0 up to timestep t. **Shapes**: x0, noise (B, *); t (B,) int64 → (B, *)."""
@@ -113,18 +125,14 @@ class GaussianDiffusion:
         return {"loss": mse + 0.001 * self.config.steps * vlb, "mse": mse, "vlb": vlb, **by_time}
 
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
-        """Interpolate between log β̃_t (v = −1) and log β_t (v = 1), improved DDPM equation 15.
-
-        β̃_0 is zero, so its logarithm is taken from β̃_1.
-        """
-        small = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
-        low, high = self._at(small, t, v), self._at(self.betas.log(), t, v)
+        """Interpolate between log β̃_t (v = −1) and log β_t (v = 1), improved DDPM equation 15."""
+        low, high = self._at("log_small", t, v), self._at("log_large", t, v)
         share = (v + 1) / 2
         return share * high + (1 - share) * low
 
     def _vlb(self, x0_hat: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """One term of the variational bound in bits per dimension. **Shapes**: (B, *) → (B,)."""
-        c0, ct = self._at(self.posterior_mean_x0, t, x0), self._at(self.posterior_mean_xt, t, x0)
+        c0, ct = self._at("mean_x0", t, x0), self._at("mean_xt", t, x0)
         true_mean, mean = c0 * x0 + ct * x_t, c0 * x0_hat.clamp(-1, 1) + ct * x_t
         true_log = self.log_variance(torch.full_like(v, -1), t)
         log_var = self.log_variance(v, t).clamp(-30, 20)
@@ -134,14 +142,15 @@ class GaussianDiffusion:
         return torch.where(t == 0, _mean(nll), _mean(kl)) / math.log(2)
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self._at(self.alpha_bar.sqrt(), t, like), self._at(
-            (1 - self.alpha_bar).sqrt(), t, like
-        )
+        return self._at("signal", t, like), self._at("noise", t, like)
 
-    def _at(self, values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """values[t] as float32, shaped to broadcast against `like`."""
-        row = values[t.cpu()].to(like.device, torch.float32)
-        return row.view(-1, *[1] * (like.ndim - 1))
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """A table's values at t as float32, shaped to broadcast against `like`."""
+        device = like.device
+        if device not in self._tables:
+            tables = self._tables[torch.device("cpu")]
+            self._tables[device] = {key: row.to(device) for key, row in tables.items()}
+        return self._tables[device][name][t.to(device)].view(-1, *[1] * (like.ndim - 1))
 
 
 def betas(schedule: str, steps: int) -> Tensor:

@@ -1,16 +1,20 @@
-"""Sampling x_0 from a denoiser: classifier-free guidance around the schedulers of diffusers."""
+"""Sampling x_0 step by step from a network's guesses, with the schedulers of diffusers.
+
+B batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
+from unclip.diffusion.guidance import Guess, Guided
 from unclip.diffusion.process import Denoiser, GaussianDiffusion
 from unclip.diffusion.schedulers import SamplerName, make_scheduler
 
@@ -18,75 +22,116 @@ from unclip.diffusion.schedulers import SamplerName, make_scheduler
 class SamplingConfig(Config):
     """How to sample a stage unless the caller says otherwise.
 
-    `guidance` 1 is off and costs one forward per step; an upsampler's always costs one, because
-    its guess without a condition is the resized picture, from which x_0 goes `guidance` times as
-    far as predicted. `clip` bounds x_0 at each step, None does not; `eta` is DDIM's share of fresh
-    noise (0 deterministic, 1 like DDPM).
+    `guidance` 1 is off and costs one forward per step; an upsampler's always costs one (see
+    `Guided`). `interval` limits guidance to a part of time, 0 the cleanest and 1 the noisiest.
+    `clip` bounds x_0 at each step, None does not; `eta` is DDIM's share of fresh noise (0
+    deterministic, 1 like DDPM).
     """
 
     sampler: SamplerName = "ddim"
     steps: int = Field(ge=1)
     guidance: float = 1.0
+    interval: tuple[float, float] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     clip: float | None = 1.0
 
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ValueError(
+                f"interval must be two numbers in order within 0 and 1: {self.interval}"
+            )
+        return self
 
-@torch.no_grad()
-def sample(
+
+class Step(NamedTuple):
+    """A finished step: x now, its timestep (None: it is the sample), the x_0 that led to it."""
+
+    x: Tensor
+    t: int | None
+    x0: Tensor
+
+
+def guided(
     diffusion: GaussianDiffusion,
     model: Denoiser,
     cond: Cond,
-    shape: Sequence[int],
     config: SamplingConfig,
-    generators: Sequence[torch.Generator],
     *,
     null_text: TextEncoding | None = None,
-    x_T: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    on_step: Callable[[], Any] | None = None,
+    negative: Cond | None = None,
     last: Denoiser | None = None,
-) -> Tensor:
-    """Draw one x_0 for each generator.
+    dtype: torch.dtype = torch.float32,
+) -> Guided:
+    """A network's guesses as a stage's sampling settings want them.
 
-    Sample k depends on its own generator (CPU, float32) and never on its neighbours: the starting
-    noise is drawn first, then one draw a step where the sampler is stochastic. The trajectory is
-    float32; the network computes in `dtype`. `last` takes the model's place in the final step.
-
-    **Shapes**: cond has B rows, shape is that of one sample; generators B; null_text one row,
-    needed for guidance with text; x_T (B, *shape) replaces the starting noise → (B, *shape).
+    Guidance leads away from `negative` or, without one, from no condition at all. `last` takes the
+    network's place in the final step. **Shapes**: cond and negative have B rows, null_text one,
+    needed for guidance with text.
     """
-    device = cond.device
+    conds, scales, extrapolation = [cond], [], 1.0
+    if cond.low_res is not None:
+        extrapolation = config.guidance
+    elif config.guidance != 1:
+        conds = [cond.null(null_text) if negative is None else negative, cond]
+        scales = [config.guidance]
+    interval = None
+    if config.interval is not None:
+        low, high = (share * (diffusion.config.steps - 1) for share in config.interval)
+        interval = int(-(-low // 1)), int(high)
+    final = None
+    if last is not None:
+        final = last, make_scheduler(diffusion, config.sampler, config.steps)[1][-1]
+    bound = config.clip
+    return Guided(
+        diffusion,
+        model,
+        conds,
+        scales,
+        interval=interval,
+        extrapolation=extrapolation,
+        threshold=None if bound is None else lambda x0: x0.clamp(-bound, bound),
+        last=final,
+        dtype=dtype,
+    )
+
+
+def starting_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """x_T, each row drawn by its own generator. **Shapes**: B generators → (B, *shape)."""
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+
+
+@torch.no_grad()
+def denoise(
+    guess: Guess,
+    diffusion: GaussianDiffusion,
+    config: SamplingConfig,
+    x_T: Tensor,
+    generators: Sequence[torch.Generator],
+    after: Callable[[Tensor, int | None], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Go from x_T to x_0; the last step's x is the sample.
+
+    Row k depends on its own generator (CPU, float32) and never on its neighbours: one draw a step
+    where the sampler is stochastic. `after(x, t)` may put another x in the place of what a step has
+    led to, at timestep t or, where that is None, finished.
+
+    **Shapes**: x_T (B, *) float32, generators B.
+    """
     scheduler, timesteps = make_scheduler(diffusion, config.sampler, config.steps)
-    if x_T is None:
-        x_T = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-    x = x_T.to(device, torch.float32)
-    low_res = cond.low_res if config.guidance != 1 else None
-    guided = config.guidance != 1 and low_res is None
-    both = Cond.cat([cond.null(null_text), cond]) if guided else cond
-    ready = model.prepare(both)
     noise: dict[str, Any] = {"generator": list(generators)}
     if config.sampler == "ddim":
         noise["eta"] = config.eta
     elif config.sampler == "unipc":
         noise = {}
-    for step, (index, timestep) in enumerate(zip(scheduler.timesteps, timesteps, strict=True), 1):
-        if step == len(timesteps) and last is not None:
-            model, ready = last, last.prepare(both)
-        t = torch.full((len(x),), timestep, device=device)
-        x_in, t_in = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
-        prediction, variance = diffusion.split(model(x_in.to(dtype), t_in, ready).float())
-        if guided:
-            without, with_ = prediction.chunk(2)
-            prediction = without + config.guidance * (with_ - without)
-            variance = None if variance is None else variance.chunk(2)[1]
-        x0 = diffusion.x0_from(prediction, x, t)
-        if low_res is not None:
-            x0 = low_res + config.guidance * (x0 - low_res)
-        if config.clip is not None:
-            x0 = x0.clamp(-config.clip, config.clip)
+    x = x_T
+    following = [*timesteps[1:], None]
+    for index, t, then in zip(scheduler.timesteps, timesteps, following, strict=True):
+        x0, variance = guess(x, t)
+        given = x0
         if variance is not None and config.sampler == "ddpm":
-            x0 = torch.cat([x0, variance], 1)  # the scheduler splits it off again
-        x = scheduler.step(x0, index, x, **noise, return_dict=False)[0]
-        if on_step is not None:
-            on_step()
-    return x
+            given = torch.cat([x0, variance], 1)  # the scheduler splits it off again
+        x = scheduler.step(given, index, x, **noise, return_dict=False)[0]
+        if after is not None:
+            x = after(x, then)
+        yield Step(x, then, x0)

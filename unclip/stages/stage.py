@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
+from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import GaussianDiffusion
-from unclip.diffusion.sampling import SamplingConfig, sample
+from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.tiling import Tiled
 from unclip.files.folder import (
     WEIGHTS_LAST,
     write_stage,
 )
 from unclip.files.tensors import write_tensors
+from unclip.progress import progress_bar
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
 # from 256 px up. An accelerator takes four times as many.
 CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
-BAR_AFTER = 2.0  # seconds before a progress bar appears
+
+AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
 
 
 def chunk_size(side: int, device: torch.device) -> int:
@@ -53,6 +55,32 @@ class Stage:
         """prior, decoder or upsampler."""
         return self.name.split("_")[0]
 
+    @torch.no_grad()
+    def guess(
+        self,
+        cond: Cond,
+        config: SamplingConfig,
+        *,
+        null_text: TextEncoding | None = None,
+        negative: Cond | None = None,
+        dtype: torch.dtype = torch.float32,
+        tile: int | None = None,
+    ) -> Guided:
+        """The network's guesses of x_0 under these conditions; see `draw`."""
+        network, last = self.network, self.last
+        if tile is not None and cond.low_res is not None and tile < cond.low_res.shape[-1]:
+            network, last = Tiled(network, tile), last and Tiled(last, tile)
+        return guided(
+            self.diffusion,
+            network,
+            cond,
+            config,
+            null_text=null_text,
+            negative=negative,
+            last=last,
+            dtype=dtype,
+        )
+
     def draw(
         self,
         cond: Cond,
@@ -61,40 +89,46 @@ class Stage:
         generators: Sequence[torch.Generator],
         *,
         null_text: TextEncoding | None = None,
+        negative: Cond | None = None,
+        x_T: Tensor | None = None,
+        after: AfterRows | None = None,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
         progress: bool = False,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
-        `tile` runs an upsampler on tiles of that many pixels where the picture is larger.
+        Guidance leads away from `negative` or, without one, from no condition. The trajectory is
+        float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
+        of those rows of the batch that a step has led to timestep t, None for x_0. `tile` runs an
+        upsampler on tiles of that many pixels where the picture is larger.
 
-        **Shapes**: cond has B rows, shape is that of one sample; generators B → (B, *shape).
+        **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
+        generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
         """
-        network, last = self.network, self.last
-        if tile is not None and self.kind == "upsampler" and tile < shape[-1]:
-            network = Tiled(network, tile)
-            last = last and Tiled(last, tile)
         chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
         starts = range(0, len(generators), chunk)
-        total, hide = config.steps * len(starts), not progress
+        total = config.steps * len(starts)
         parts = []
-        with tqdm(total=total, desc=self.name, disable=hide, delay=BAR_AFTER, leave=False) as bar:
+        with progress_bar(what=self.name, total=total, shown=progress) as bar:
             for start in starts:
                 rows = slice(start, start + chunk)
-                part = sample(
-                    self.diffusion,
-                    network,
+                guess = self.guess(
                     cond.rows(rows),
-                    shape,
                     config,
-                    generators[rows],
                     null_text=null_text,
+                    negative=None if negative is None else negative.rows(rows),
                     dtype=dtype,
-                    on_step=bar.update,
-                    last=last,
+                    tile=tile,
                 )
-                parts.append(part)
+                own = generators[rows]
+                x = starting_noise(shape, own) if x_T is None else x_T[rows]
+                x = x.to(cond.device, torch.float32)
+                enter = None if after is None else _in_rows(after, rows)
+                for step in denoise(guess, self.diffusion, config, x, own, enter):
+                    x = step.x
+                    bar.update()
+                parts.append(x)
         return torch.cat(parts)
 
     def describe(self) -> dict[str, Any]:
@@ -118,6 +152,10 @@ class Stage:
         write_stage(folder, self.name, self.describe(), _as(dtype, tensors))
         if self.last is not None:
             write_tensors(folder / self.name / WEIGHTS_LAST, _as(dtype, self.last.state_dict()))
+
+
+def _in_rows(after: AfterRows, rows: slice) -> Callable[[Tensor, int | None], Tensor]:
+    return lambda x, t: after(x, t, rows)
 
 
 def _as(dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from unclip.data.sample import Batch, Dataset
 from unclip.errors import ConfigError
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.fit import TrainConfig, fit
+from unclip.training.precision import resolve_precision
 from unclip.training.teacher import Teacher, TeacherConfig
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
@@ -80,7 +81,8 @@ class ClipTask:
         self.teacher: Teacher | None = None
         if config.teacher is not None:
             captions = _captions(train, TAUGHT_DRAWS)
-            half = config.train.precision == "bf16"
+            here = torch.device("cpu")  # the teacher stays there
+            half = resolve_precision(config.train.precision, here) == "bf16"
             dtype = torch.bfloat16 if half else torch.float32
             self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
         if config.vocabulary == "data":

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
@@ -17,6 +16,7 @@ from unclip.images import resize
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
+from unclip.progress import progress_bar
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
@@ -115,7 +115,7 @@ def _fit(
     """Least squares on `rounds` batches of (condition, what it stands for)."""
     frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LR, fused=True)
-    for step in tqdm(range(rounds), desc=name, delay=2.0, leave=False, disable=None):
+    for step in progress_bar(range(rounds), name):
         condition, x0 = draw(randomness.generator(seed, name, step))
         optimizer.param_groups[0]["lr"] = LR * min(1, 20 * step / rounds, 1 - step / rounds)
         with autocast():

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.data.open import open_dataset
 from unclip.errors import ConfigError, exit_on_error
+from unclip.progress import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with state.main_process_first():
             begin_cache(given.out, clip, plan)
         shown = state.is_main_process
-        with tqdm(total=total // state.num_processes, desc="embed", disable=not shown) as bar:
+        each = total // state.num_processes
+        with progress_bar(what="embed", total=each, shown=shown) as bar:
             rate = write_cache(
                 given.out,
                 dataset,

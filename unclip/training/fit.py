@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -32,6 +33,7 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
+from unclip.training.precision import Precision
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -59,7 +61,7 @@ class TrainConfig(Config):
     sample_every: int = Field(ge=1)
     log_every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
     init: str | None = None
 
@@ -121,6 +123,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
     if any(isinstance(p, DTensor) for p in params):
         raise ConfigError("train.optimizer = adamw8bit can't be shared out; use adamw")
+    # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -174,6 +178,8 @@ def fit(
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
+        if config.precision == "auto":
+            log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
             log.say(f"weights are shared out over {accelerator.num_processes} processes")
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)

@@ -15,6 +15,7 @@ from unclip.config import Config, load_config
 from unclip.errors import ConfigError, exit_on_error
 from unclip.training import sharding
 from unclip.training.fit import TrainConfig
+from unclip.training.precision import Precision, resolve_precision
 
 
 class Trains(Protocol):
@@ -52,16 +53,22 @@ def main(
     with exit_on_error():
         config = load_config(given.config, given.overrides, schema)
         train = config.train  # type: ignore[attr-defined]
-        accelerator = _accelerator(train.precision)
+        accelerator = start_accelerator(train.precision)
         torch.manual_seed(train.seed)
         run(config, accelerator)
         accelerator.end_training()  # destroys the process group
 
 
-def _accelerator(precision: str) -> Accelerator:
+def start_accelerator(precision: Precision) -> Accelerator:
+    """This process's device and its place among the others.
+
+    **Raises**: `ConfigError` if processes were launched that do not see each other.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    bf16 = resolve_precision(precision, device) == "bf16"
     with sharding.hidden():
         accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
+            mixed_precision="bf16" if bf16 else "no",
             # Without it, several processes on a machine without GPU would each train alone.
             cpu=not torch.accelerator.is_available(),
             # Rank 0 writes checkpoints while the others wait.

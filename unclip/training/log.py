@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
+
+from unclip.progress import progress_bar
+
+NEWS_EVERY = 60.0  # seconds between lines that stand for a bar where there is no terminal
 
 
 class RunLog:
@@ -22,7 +25,7 @@ class RunLog:
     A line holds step and images (both counted from the start of training), the mean of every loss
     entry over the samples of all processes that have it, grad_norm and lr of its last step,
     images_per_second, data_wait (the share of time spent waiting for data), skipped (steps left
-    out as non-finite), and processes.
+    out as non-finite), processes, and precision.
     """
 
     def __init__(
@@ -30,13 +33,15 @@ class RunLog:
     ) -> None:
         self.accelerator = accelerator
         self.batch = batch
+        self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self._writer: Any = None
         self._bar: Any = None
+        self._news = time.monotonic() + NEWS_EVERY
         self._path = run / "metrics.jsonl"
         if accelerator.is_main_process:
             _keep_until(self._path, start)
             self._writer = _tensorboard(run / "tensorboard", start)
-            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            self._bar = progress_bar(total=steps, done=start, unit="step")
         self._clear()
 
     def add(self, entries: dict[str, Tensor], wait: float, skipped: bool) -> None:
@@ -78,8 +83,12 @@ class RunLog:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        self._bar.set_postfix({k: f"{line[k]:.4g}" for k in ("loss", "lr") if k in line})
+            file.write(json.dumps({**finite, "precision": self.precision}) + "\n")
+        told = ", ".join(f"{name} {line[name]:.4g}" for name in ("loss", "lr") if name in line)
+        self._bar.set_postfix_str(told, refresh=False)
+        if self._bar.disable and time.monotonic() > self._news:
+            self._news = time.monotonic() + NEWS_EVERY
+            self.say(f"step {step} of {self._bar.total}: {told}")
         if self._writer is not None:
             for name, value in line.items():
                 self._writer.add_scalar(f"train/{name}", value, step)

@@ -171,8 +171,8 @@ def step_needs(run: Any, micro: int, checkpointing: bool) -> tuple[int, int]:
                 parameter.grad = torch.zeros_like(parameter)
         x_t, t, cond = _inputs(run, micro)
         before = peak.start()
-        precision = torch.bfloat16 if run.train.precision == "bf16" else None
-        with torch.autocast("cpu", precision, enabled=precision is not None):
+        # auto is bf16 on the GPUs that a plan is for
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision != "fp32"):
             out = network(x_t, t, cond)
         out.float().square().mean().backward()
     return int(flops.get_total_flops()), peak.most - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from unclip.config import Config
 from unclip.data.open import DataConfig, open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, fixed
-from unclip.diffusion.sampling import sample
 from unclip.errors import ConfigError
 from unclip.stages.stage import Stage
 
@@ -93,6 +93,5 @@ def sample_preview(
     """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
     generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
     null_text = None if clip is None else clip.null_text
-    return sample(
-        stage.diffusion, model, cond, shape, stage.sampling, generators, null_text=null_text
-    )
+    drawing = replace(stage, network=model)
+    return drawing.draw(cond, shape, stage.sampling, generators, null_text=null_text)

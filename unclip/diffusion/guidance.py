@@ -1,0 +1,87 @@
+"""What a network guesses of x_0 at a step: its conditions, guidance and bounds (Section 2.1).
+
+B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unclip.conditioning import Cond
+from unclip.diffusion.process import Denoiser, GaussianDiffusion
+
+
+class Guess(Protocol):
+    """What a sampler asks at each step, and all that it knows of networks and conditions."""
+
+    def __call__(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        """x_0 and the channels of a learned variance. **Shapes**: (B, *) → (B, *), float32."""
+
+
+class Guided:
+    """A denoiser's guess under classifier-free guidance (Ho & Salimans 2021).
+
+    `conds` tell more and more, B rows each: the first what to be guided away from (nothing, or
+    what is not wanted), the last everything. From one to the next the prediction goes `scales`
+    times as far as the network says; a single condition is not guided. Within `interval`, the
+    first and last guided timestep, that is; outside the last condition stands alone (Kynkäänniemi
+    et al. 2024).
+
+    `extrapolation` is an upsampler's guidance: without a condition its guess is the resized
+    picture, from which x_0 goes so many times as far as predicted, at no cost. `threshold` bounds
+    x_0. `last` is a network that takes the model's place at one timestep (Karlo's final step).
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        model: Denoiser,
+        conds: Sequence[Cond],
+        scales: Sequence[float] = (),
+        *,
+        interval: tuple[int, int] | None = None,
+        extrapolation: float = 1.0,
+        threshold: Callable[[Tensor], Tensor] | None = None,
+        last: tuple[Denoiser, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        assert len(scales) == len(conds) - 1, "a scale from each condition to the next"
+        self.diffusion, self.scales, self.dtype = diffusion, tuple(scales), dtype
+        self.interval = interval
+        self.extrapolation, self.low_res = extrapolation, conds[-1].low_res
+        self.threshold = threshold
+        together = Cond.cat(conds) if scales else conds[-1]
+        self._model = model, model.prepare(together)
+        self._alone = model.prepare(conds[-1]) if scales and interval is not None else None
+        self._last_at = None if last is None else last[1]
+        self._last = None if last is None else (last[0], last[0].prepare(together))
+
+    def __call__(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        """x_0, guided and bounded, and the last condition's variance channels, if learned.
+
+        **Shapes**: x_t (B, *) → (B, *), float32.
+        """
+        model, ready = self._model if self._last is None or t != self._last_at else self._last
+        scales = self.scales
+        if self.interval is not None and not self.interval[0] <= t <= self.interval[1]:
+            scales, ready = (), self._alone or ready
+        times, rows = torch.full((len(x_t),), t, device=x_t.device), len(scales) + 1
+        x_in, t_in = (
+            (torch.cat([x_t] * rows), torch.cat([times] * rows)) if scales else (x_t, times)
+        )
+        prediction, variance = self.diffusion.split(model(x_in.to(self.dtype), t_in, ready).float())
+        parts = prediction.chunk(rows)
+        guided = parts[0]
+        for scale, (less, more) in zip(scales, pairwise(parts), strict=True):
+            guided = guided + scale * (more - less)
+        x0 = self.diffusion.x0_from(guided, x_t, times)
+        if self.extrapolation != 1 and self.low_res is not None:
+            x0 = self.low_res + self.extrapolation * (x0 - self.low_res)
+        if self.threshold is not None:
+            x0 = self.threshold(x0)
+        return x0, None if variance is None else variance.chunk(rows)[-1]
