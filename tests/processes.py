@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [f"unclip.training.{name}" for name in ("launch", "prior", "decoder", "upsampler", "embed")]
+    [f"unclip.training.{name}" for name in ("clip", "prior", "decoder", "upsampler", "embed")]
+    + ["unclip.training.launch", "open_clip", "torch.utils.tensorboard"]
 )
+ROOT = Path(__file__).parents[1]
 TIMEOUT = 300.0  # seconds
 
 # Below the ports that a system gives away by itself, and other ones for each of our processes.
@@ -48,21 +51,20 @@ def together(
 ) -> str:
     """Call `work(*arguments)` in processes that find each other as torchrun's do; what they print.
 
-    `work` is a function of a module. `environment` is what a launcher would say besides.
+    `work` is a function of a module, `script` for example. `environment` is what a launcher would
+    say besides. One process alone is told nothing of others.
     """
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        **(environment or {}),
-    }
+    told = [dict(environment or {}) for _ in range(processes)]
+    if processes > 1:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+        for rank, own in enumerate(told):
+            own.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(processes)]
-        ranks = [{**common, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]
         running = [
-            CONTEXT.Process(target=_one, args=(work, arguments, rank, output))
-            for rank, output in zip(ranks, outputs, strict=True)
+            CONTEXT.Process(target=_one, args=(work, arguments, own, output))
+            for own, output in zip(told, outputs, strict=True)
         ]
         for process in running:
             process.start()
@@ -79,6 +81,13 @@ def together(
         printed = "".join(output.read_text() for output in outputs)
     assert [process.exitcode for process in running] == [0] * processes, printed
     return printed
+
+
+def script(name: str, *arguments: str) -> None:
+    """Be `python name arguments` in the repository."""
+    os.chdir(ROOT)
+    sys.argv = [name, *arguments]
+    runpy.run_path(name, run_name="__main__")
 
 
 def _one(

@@ -159,6 +159,14 @@ def test_a_model_without_a_prior_has_no_product(run, pictures, tmp_path):
     assert list(table["trained"]) == ["real", "shrunk", "true"] and table["name alone"] == {}
 
 
+def test_a_model_without_an_image_tower_is_measured_by_its_product(run, pictures, monkeypatch):
+    monkeypatch.setattr("unclip.clip.encoder.FrozenCLIP.has_images", False)
+    code, scores, error = run(*pictures, "--upscaled", 0)
+    assert code == 0, error
+    (table,) = scores["tables"].values()
+    assert list(table["trained"]) == ["real", "shrunk", "product"] and scores["retrieval"] == {}
+
+
 def test_a_model_without_a_decoder_is_refused(run, pictures, tmp_path):
     clip = tiny_clip()
     UnCLIP(clip, tiny_prior(clip)).save_pretrained(tmp_path / "model")
@@ -199,18 +207,26 @@ def test_an_unknown_network_is_refused_with_those_there_are():
         open_features("inception")
 
 
+# Means and largest of the pooled features, by the implementation that the weights were made for.
+EXPECTED = {
+    "efficientnet-lite0": (224, [0.162785, 0.093435], [71, 29], [4.20965, 4.85462]),
+    "efficientnet-lite2": (260, [0.132361, 0.124707], [1100, 966], [3.75781, 5.15374]),
+}
+
+
 @pytest.mark.parametrize("name", list(features.PACKAGES))
-def test_efficientnets_tell_drawings_apart(name):
-    """The packages' names of tensors differ from timm's; a wrong order would see only noise."""
+def test_efficientnets_see_what_their_own_implementation_does(name, monkeypatch):
+    """The packages' names of tensors differ from timm's and are matched by their order."""
     pytest.importorskip(features.PACKAGES[name][0])
-    network = open_features(name)
-    disc = torch.linspace(-1, 1, 64).square()
-    disc = disc[:, None] + disc < 0.5
-    x = torch.stack([torch.where(disc, -1.0, 1.0), torch.where(disc, -0.8, 1.0), disc.T * 2.0 - 1])
-    seen = network.look(x[:, None].expand(-1, 3, -1, -1).contiguous())
-    assert seen.shape == (3, 1280) and (seen >= 0).all()  # behind a ReLU
-    cosine = torch.nn.functional.cosine_similarity
-    assert cosine(seen[0], seen[1], dim=0) > 0.9 > cosine(seen[0], seen[2], dim=0)
+    side, mean, place, largest = EXPECTED[name]
+    monkeypatch.setattr(features, "SIDE", side)  # the size it was trained at
+    squares = torch.linspace(-1, 1, 64).square()
+    disc = torch.where(squares[:, None] + squares < 0.5, -1.0, 1.0)
+    ramp = torch.linspace(-1, 1, 64).expand(64, 64)
+    seen = open_features(name).look(torch.stack([disc, ramp])[:, None].expand(-1, 3, -1, -1))
+    assert seen.shape == (2, 1280) and seen.argmax(1).tolist() == place
+    torch.testing.assert_close(seen.mean(1), torch.tensor(mean), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.amax(1), torch.tensor(largest), atol=1e-2, rtol=0)
 
 
 def test_what_was_seen_is_kept_by_the_pictures_own_bytes(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
+from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.conditioning import Cond, TextEncoding
@@ -192,6 +193,9 @@ class UnCLIP:
             )
         if not bool(z_image.isfinite().all()):
             raise DataError("embeddings must be finite, and some numbers are not")
+        if not decoder.config.scale.normalizes:
+            mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
+            check_raw(z_image, self._usual_norm, "these embeddings", mend)
         captions = _list("" if text is None else text)
         if len(captions) == 1:
             captions = captions * len(z_image)
@@ -315,6 +319,15 @@ class UnCLIP:
     def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
+
+    def _usual_norm(self) -> float | None:
+        """The norm of raw embeddings, as far as the stages or the encoder know it."""
+        scales = (getattr(stage.network, "scale", None) for stage in self.stages)
+        norm = next((scale.norm for scale in scales if scale is not None and scale.norm), None)
+        if norm is not None or self.clip is None:
+            return norm
+        with self._resident_clip() as clip:
+            return clip.norm
 
     @contextmanager
     def _resident_clip(self) -> Iterator[FrozenCLIP]:

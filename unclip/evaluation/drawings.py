@@ -87,16 +87,17 @@ def drawers(
     side = network.config.resolution
     rows: dict[str, Draw] = {}
     real, z = group.real, group.z
-    if real is not None and z is not None:
+    if real is not None:
         rows["real"] = lambda k: [to_pil(x) for x in real(k)]
         rows["shrunk"] = lambda k: [to_pil(x) for x in resize(resize(real(k), side // 2), side)]
+    if z is not None:
         if network.layout is not None:
             rows["layout"] = lambda k: _layout(pipe, z[k.start : k.stop])
         rows["true"] = lambda k: pipe.image_from_embedding(
             z[k.start : k.stop], _captions(group, k), seed=k.start, size=side, **options
         )
     if pipe.prior is not None:
-        if real is not None:
+        if z is not None:
             rows["snapped"] = lambda k: pipe.image_from_embedding(
                 snap(pipe, _priors(pipe, group, k, options), z_train),
                 _captions(group, k),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
-from unclip.data.sample import cache_folder
+from unclip.data.kept import cache_folder
 from unclip.errors import CheckpointError, ConfigError
 from unclip.evaluation import measures
 from unclip.evaluation.drawings import Group, Kept, drawers
@@ -80,10 +80,12 @@ def evaluate(pipe: UnCLIP, model: str, request: Request, work: Path) -> Evaluati
     """Draw what is measured (kept under `work` by `model`, a hash of the weights) and measure it.
 
     **Raises**: `ConfigError` for a judge or a feature network that took part in sampling or is not
-    installed, `DataError` for data that can't be measured on, `CheckpointError` without a decoder.
+    installed, `DataError` for data that can't be measured on, `CheckpointError` for a model without
+    decoder or CLIP.
     """
-    if pipe.decoder is None:
-        raise CheckpointError("this model has no decoder, which evaluation needs")
+    if pipe.decoder is None or pipe.clip is None:
+        missing = "decoder" if pipe.decoder is None else "CLIP encoder"
+        raise CheckpointError(f"this model has no {missing}, which evaluation needs")
     options = {k: v for k, v in request.options.items() if v is not None}
     settings = [model, str(pipe.dtype), asdict(request) | {"limit": 0, "features": [], "judge": ""}]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()  # what changes no picture: 0

@@ -86,6 +86,10 @@ class Stage:
         """Whether the network is told a caption."""
         return getattr(self.config, "text_width", None) is not None
 
+    def embeddings(self, drawn: Tensor) -> Tensor:
+        """Raw CLIP embeddings of what a prior drew. **Shapes**: (B, D) → (B, D)."""
+        return self.network.scale.inverse(drawn)
+
     @torch.no_grad()
     def guess(
         self,
@@ -123,6 +127,8 @@ class Stage:
         negative: Cond | None = None,
         x_T: Tensor | None = None,
         after: AfterRows | None = None,
+        levels: int | None = None,
+        repeats: int = 1,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
         progress: bool = False,
@@ -131,8 +137,9 @@ class Stage:
 
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
         float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
-        of those rows of the batch that a step has led to timestep t, None for x_0. `tile` runs an
-        upsampler on tiles of that many pixels where the picture is larger.
+        of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
+        `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
+        picture is larger.
 
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
@@ -156,7 +163,9 @@ class Stage:
                 x = starting_noise(shape, own) if x_T is None else x_T[rows]
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
-                for step in denoise(guess, self.diffusion, config, x, own, enter):
+                for step in denoise(
+                    guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
+                ):
                     x = step.x
                     bar.update()
                 parts.append(x)
@@ -167,10 +176,13 @@ class Stage:
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
-            "diffusion": self.diffusion.config.model_dump(mode="json"),
+            "diffusion": self._process(),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
         }
+
+    def _process(self) -> dict[str, Any] | None:
+        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,

@@ -30,7 +30,17 @@ from unclip.stages.stage import Stage
 
 PREVIEWS = 8
 # What may differ between weights and the run that starts from them.
-FREE = ("dropout", "checkpointing", "low", "high", "resolution", "steps", "schedule")
+FREE = {
+    "dropout",
+    "checkpointing",
+    "low",
+    "high",
+    "resolution",
+    "steps",
+    "schedule",
+    "weight",
+    "bias",
+}
 
 
 class DropConfig(Config):
