@@ -71,8 +71,6 @@ def train_there(what: str, clip: str, out: str, precision: str) -> None:
     """In a process of its own: print losses, and where the host waited in each step."""
     import pretended_device as pretended
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        del os.environ[name]  # alone, without DDP
     device = pretended.enable()
     steps: list[dict[str, int]] = []
     plain = fit._Trainer._backward
