@@ -165,6 +165,25 @@ def test_precision_is_kept_unless_another_is_asked_for(karlo: Path, tmp_path: Pa
     )
 
 
+def test_converted_and_assembled_half_precision_agree_on_every_byte(tmp_path: Path) -> None:
+    """`convert --dtype fp16` rounded the statistics of embeddings, which `assemble` kept."""
+    ours = karlo_like()
+    assert ours.prior is not None
+    scale = ours.prior.network.scale
+    scale.mean.copy_(torch.rand(WIDTH) / 3)
+    ours.save_pretrained(tmp_path / "ours")
+    karlo = tmp_path / "karlo"
+    convert(tmp_path / "ours", karlo)
+    convert(karlo, tmp_path / "converted", torch.float16)
+    assemble(tmp_path / "assembled", karlo, karlo, karlo, [karlo], torch.float16)
+    for name in ("prior", "decoder", "upsampler_32"):
+        a, b = (tmp_path / how / name / "model.safetensors" for how in ("converted", "assembled"))
+        assert a.read_bytes() == b.read_bytes(), name
+    stored = load_file(tmp_path / "converted" / "prior" / "model.safetensors")
+    assert torch.equal(stored["scale.mean"], scale.mean)
+    assert stored["out.bias"].dtype == torch.float16
+
+
 def test_diffusers_loads_what_we_write_without_a_warning_and_makes_the_same_pictures(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

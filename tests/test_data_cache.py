@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_clip
 from PIL import Image
+from processes import script, together
 from test_tasks import tiny
 from torch.testing import assert_close
 
@@ -34,9 +33,9 @@ from unclip.images import to_pil
 from unclip.randomness import generator
 from unclip.training.decoder import train_decoder
 from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
+from unclip.training.embed import main as embed
 from unclip.training.prior import PriorRun, PriorTask, train_prior
 
-ROOT = Path(__file__).parents[1]
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
 
 
@@ -507,22 +506,15 @@ def test_only_a_prior_may_train_on_embeddings(root: Path) -> None:
         open_dataset(str(root), 16)
 
 
-def test_two_processes_write_one_cache(model_folder: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "train" / "embed.py"), "shapes:val", str(tmp_path / "cache")]
-    options = ["--clip", str(model_folder), "--rows", "100", "--resolution", "16"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *script, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("512 embeddings") == 1
+def test_two_processes_write_one_cache(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ["shapes:val", str(tmp_path / "cache"), "--clip", str(model_folder)]
+    options = [*cache, "--rows", "100", "--resolution"]
+    printed = together(script, "train/embed.py", *options, "16")
+    assert printed.count("512 embeddings") == 1
     assert len(EmbeddingCache(tmp_path / "cache")) == 512
-    again = subprocess.run(
-        [sys.executable, *script, *options[:-1], "17"], capture_output=True, text=True, timeout=300
-    )
-    assert again.returncode == 2
-    assert "resolution = 16, not 17" in again.stderr and "Traceback" not in again.stderr
+    with pytest.raises(SystemExit) as stopped:
+        embed([*options, "17"])
+    assert stopped.value.code == 2
+    assert "resolution = 16, not 17" in capsys.readouterr().err

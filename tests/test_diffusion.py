@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from unclip.conditioning import Cond
 from unclip.diffusion.guidance import Guided
-from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas, loss_weights
 from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.schedulers import make_scheduler
 from unclip.errors import ConfigError
@@ -100,6 +100,56 @@ def test_the_loss_is_told_by_quarters_of_time():
         entry = losses[f"mse_q{k}"]
         assert entry.isnan().logical_not().nonzero().flatten().tolist() == [*range(first, last)]
         assert_close(entry[first:last], losses["loss"][first:last])
+
+
+WEIGHTS = ["x0", "v", "min-snr", "sigmoid"]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_weighted_error_counts_the_same_whatever_the_network_predicts(weight):
+    x0, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([20, 300, 600, 900])
+    guess, losses = x0 + torch.tensor([0.1, -0.2, 0.3]), []
+    for target in ("x0", "eps", "v"):
+        process = GaussianDiffusion(DiffusionConfig(target=target, weight=weight))
+
+        def model(x_t, t, cond, process=process, target=target):
+            eps = process.eps_from_x0(guess, x_t, t)
+            a, s = (f(process.alpha_bar[t]).float()[:, None] for f in (torch.sqrt, _noise))
+            return {"x0": guess, "eps": eps, "v": a * eps - s * guess}[target]
+
+        losses.append(process.loss(model, x0, Cond(), t, noise)["loss"])
+    assert_close(losses[1], losses[0], rtol=2e-3, atol=1e-6)
+    assert_close(losses[2], losses[0], rtol=2e-3, atol=1e-6)
+    snr = process.alpha_bar[t] / (1 - process.alpha_bar[t])
+    closed = {
+        "x0": torch.ones(4),
+        "v": (1 + snr).clamp(max=20),
+        "min-snr": snr.clamp(max=5),
+        # The cosine schedule's λ = -2 log tan(πu/2), but for an offset of 0.008.
+        "sigmoid": math.pi * (snr.log() / 2).cosh() * snr / (1 + snr / math.e**2),
+    }[weight]
+    error = 0.14 / 3
+    assert_close(losses[0], error * closed.float(), rtol=4e-2, atol=1e-6)
+
+
+def _noise(alpha_bar):
+    return (1 - alpha_bar).sqrt()
+
+
+def test_weights_leave_the_entries_by_time_and_the_variational_term_alone():
+    t, noise, x0 = torch.tensor([10, 400, 990]), torch.randn(3, 3, 4, 4), torch.rand(3, 3, 4, 4)
+    plain, weighted = (
+        GaussianDiffusion(DiffusionConfig(target="eps", learned_variance=True, weight=weight)).loss(
+            lambda x_t, t, cond: torch.cat([x_t, x_t], 1), x0, Cond(), t, noise
+        )
+        for weight in ("target", "min-snr")
+    )
+    for name in ("vlb", *(f"mse_q{k}" for k in range(4))):
+        assert_close(weighted[name], plain[name], equal_nan=True)
+    alpha_bar = gaussian().alpha_bar
+    weights = loss_weights("min-snr", "eps", alpha_bar, 0.0)[t].float()
+    assert_close(weighted["mse"], plain["mse"] * weights)
+    assert_close(loss_weights("target", "eps", alpha_bar, 0.0), torch.ones(1000).double())
 
 
 def test_the_loss_of_a_perfect_prediction_is_zero_and_needs_no_batch_mates():

@@ -117,7 +117,7 @@ def test_kandinskys_published_widths_are_understood(embed: int, layers: int) -> 
     theirs = {"embedding_dim": embed, "num_layers": layers, "additional_embeddings": 4}
     with torch.device("meta"):
         other = PriorTransformer(**theirs)
-    ours = build("prior", prior_config(theirs, "prior"))
+    ours = build(prior_config(theirs, "prior"))
     shapes = {name: x.shape for name, x in ours.state_dict().items()}
     Renamed(prior_names(ours.config), other.state_dict(), shapes, "prior")
 

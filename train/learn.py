@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unclip.clip.encoder import FrozenCLIP
+from unclip.assemble import assemble
 from unclip.conditioning import Cond
 from unclip.config import read_yaml
 from unclip.data.shapes import Scene, Shapes, render, score
@@ -31,7 +31,6 @@ from unclip.errors import exit_on_error
 from unclip.files.checkpoints import checkpoint_step, newest_checkpoint
 from unclip.images import gradient_energy, grid, psnr, resize, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
-from unclip.sources import Source
 from unclip.stages.stage import Stage
 
 CONFIGS = Path("configs/shapes")
@@ -99,15 +98,11 @@ def train(step: Step, out: Path, seconds: dict[str, float]) -> None:
         raise SystemExit(130)
 
 
-def assemble(out: Path) -> UnCLIP:
-    """Gather the stages' newest averaged weights in one model folder, `out/model`."""
-    diffusion = [
-        Source(out / step.name).stage(step.name).load() for step in STEPS if step.name != "clip"
-    ]
-    prior, decoder, *upsamplers = diffusion
-    clip = FrozenCLIP.load(str(out / "clip"))
-    clip.save(out / "model")
-    UnCLIP(clip, prior, decoder, upsamplers).save_pretrained(out / "model")
+def gather(out: Path) -> UnCLIP:
+    """The stages' newest averaged weights in one model folder, `out/model`."""
+    shutil.rmtree(out / "model", ignore_errors=True)
+    clip, prior, decoder, *upsamplers = (out / step.name for step in STEPS)
+    assemble(out / "model", clip, prior, decoder, upsamplers)
     return UnCLIP.from_pretrained(out / "model")
 
 
@@ -165,10 +160,9 @@ def restore(stage: Stage, out: Path, count: int = RESTORED) -> dict[str, float]:
 
     `gradient energy` is the restored pictures' sharpness over the real ones'.
     """
-    config = stage.network.config
     scenes = held_out(count // 2, 1) + held_out(count // 2, 2)
-    real = torch.stack([render(scene, config.high) for scene in scenes])  # (B, 3, R, R)
-    bicubic = resize(resize(real, config.low), config.high).clamp(-1, 1)
+    real = torch.stack([render(scene, stage.side) for scene in scenes])  # (B, 3, R, R)
+    bicubic = resize(resize(real, stage.low), stage.side).clamp(-1, 1)
     generators = [torch.Generator().manual_seed(k) for k in range(len(bicubic))]
     shape = tuple(bicubic.shape[1:])
     restored = stage.draw(Cond(low_res=bicubic), shape, stage.sampling, generators).clamp(-1, 1)
@@ -241,7 +235,7 @@ def learn(out: Path, fresh: bool) -> None:
         train(step, out, seconds)
     print(f"\n[{total}/{total}] scoring pictures of captions that were held out", flush=True)
     start = time.perf_counter()
-    figures = evaluate(assemble(out), out)
+    figures = evaluate(gather(out), out)
     seconds["scoring"] = time.perf_counter() - start
     results = write(out, **figures, seconds=seconds)
     print(f"\n{table(results)}\n\nsamples in {out / 'samples.png'}, figures in {out}/results.json")

@@ -6,6 +6,7 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def load_image(
     its header, before anything is decoded, larger than `MAX_PIXELS` or narrower than `min_side`.
     """
     label = name or str(source)
+    if isinstance(source, str | Path):
+        source = os.path.expanduser(source)
     try:
         data, turn = bare(_read(source, label))
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

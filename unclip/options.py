@@ -84,7 +84,7 @@ class Options:
         for stage in stages:
             self.sampling(stage)
             if self.tile is not None and stage.kind == "upsampler":
-                grain = max(4, stage.network.config.unet.stride)  # below 4 nothing overlaps
+                grain = max(4, stage.config.unet.stride)  # below 4 nothing overlaps
                 if self.tile < grain or self.tile % grain:
                     raise ConfigError(
                         f"tile = {self.tile}: must be a multiple of {grain}, the grain of "

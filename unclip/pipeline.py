@@ -25,8 +25,10 @@ from unclip.files.folder import update_index
 from unclip.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
 from unclip.options import Options
 from unclip.sources import Source
+from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
-from unclip.stages.stage import Stage
+from unclip.stages.stage import Draw, Stage
+from unclip.stages.upsampler import enlarge, route
 
 
 class UnCLIP:
@@ -48,7 +50,7 @@ class UnCLIP:
         prior_candidates: int = 2,
     ):
         self.clip, self.prior, self.decoder = clip, prior, decoder
-        self.upsamplers = sorted(upsamplers, key=lambda stage: stage.network.config.high)
+        self.upsamplers = sorted(upsamplers, key=lambda stage: stage.side)
         self.device, self.dtype = torch.device(device), dtype
         self.prior_candidates = prior_candidates  # unless a call says otherwise
         for stage in (prior, decoder):
@@ -121,9 +123,8 @@ class UnCLIP:
         """The sides of the pictures that this model makes of text or embeddings, in pixels."""
         if self.decoder is None:
             return []
-        own = self.decoder.network.config.resolution
-        highs = [stage.network.config.high for stage in self.upsamplers]
-        return [own, *(high for high in highs if high > own and self._route(own, high))]
+        own, highs = self.decoder.side, [stage.side for stage in self.upsamplers]
+        return [own, *(high for high in highs if high > own and route(self.upsamplers, own, high))]
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
@@ -184,15 +185,15 @@ class UnCLIP:
         """
         opts = Options.of(options)
         self._check(opts, n)
-        config = self._need("decoder", "pictures").network.config
-        if z_image.ndim != 2 or z_image.shape[1] != config.embed or not len(z_image):
+        decoder = self._need("decoder", "pictures")
+        if z_image.ndim != 2 or z_image.shape[1] != decoder.width or not len(z_image):
             raise ConfigError(
                 f"embeddings of shape {tuple(z_image.shape)}; this decoder takes (N, "
-                f"{config.embed})"
+                f"{decoder.width})"
             )
         if not bool(z_image.isfinite().all()):
             raise DataError("embeddings must be finite, and some numbers are not")
-        if not config.scale.normalizes:
+        if not decoder.config.scale.normalizes:
             mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
             check_raw(z_image, self._usual_norm, "these embeddings", mend)
         captions = _list("" if text is None else text)
@@ -201,7 +202,7 @@ class UnCLIP:
         if len(captions) != len(z_image):
             raise ConfigError(f"{len(captions)} captions for {len(z_image)} embeddings")
         encoding = None
-        if self.clip is not None or text is not None or config.text_width is not None:
+        if self.clip is not None or text is not None or decoder.reads_text:
             encoding = self._encode_text(captions).repeat(n)
         rows = z_image.to(self.device, torch.float32).repeat_interleave(n, 0)  # (B n, D)
 
@@ -231,31 +232,25 @@ class UnCLIP:
         opts.check(self.stages)
         image = _square(image)
         side = image.width
-        goals = [s.network.config.high for s in self.upsamplers if s.network.config.high > side]
-        goal = opts.size or self.upsamplers[-1].network.config.high
+        goals = [stage.side for stage in self.upsamplers if stage.side > side]
+        goal = opts.size or self.upsamplers[-1].side
         if goal not in goals:
             possible = f"can be upscaled to {goals}" if goals else "is too large to upscale"
             raise ConfigError(f"size {goal}: with this model a picture of {side} pixels {possible}")
-        lows = {stage.network.config.low for stage in self.upsamplers}
+        lows = {stage.low for stage in self.upsamplers}
         order = sorted(lows, key=lambda low: (low > side, abs(low - side)))
         low, chosen = next(
-            (low, r) for low in order if low < goal and (r := self._route(low, goal))
+            (low, r) for low in order if low < goal and (r := route(self.upsamplers, low, goal))
         )
         x = resize(to_tensor(image)[None].to(self.device), low)  # (1, 3, low, low)
         generators = [torch.Generator().manual_seed(seed)]
-        return to_pil(self._upsample(x, chosen, generators, opts)[0])
+        return to_pil(enlarge(chosen, x, generators, self._drawing(opts))[0])
 
     def _sample_prior(
-        self, stage: Stage, text: TextEncoding, own: list[torch.Generator], opts: Options
+        self, stage: Stage, text: TextEncoding, generators: list[torch.Generator], opts: Options
     ) -> Tensor:
-        """Draw `prior_candidates` z_image for each text and keep those closest to z_text."""
-        m = opts.prior_candidates or self.prior_candidates
-        generators = [g for k in own for g in _candidates(k, m)]
-        texts = text.repeat(m)
-        shape = (stage.network.config.embed,)
-        z = stage.network.scale.inverse(self._run(stage, Cond(text=texts), shape, generators, opts))
-        score = cosine_similarity(z, texts.embed.float()).view(-1, m)  # (B, m)
-        return z[torch.arange(len(own), device=z.device) * m + score.argmax(1)]  # (B, D)
+        count = opts.prior_candidates or self.prior_candidates
+        return draw_embeddings(stage, text, generators, count, self._drawing(opts))
 
     def _decode(
         self,
@@ -264,45 +259,32 @@ class UnCLIP:
         generators: list[torch.Generator],
         opts: Options,
     ) -> list[Image.Image]:
-        stage = self._need("decoder", "pictures")
-        side = stage.network.config.resolution
-        cond = Cond(image_embed=z_image, text=text)
-        x = self._run(stage, cond, (3, side, side), generators, opts).clamp(-1, 1)
-        chosen = self._route(side, opts.size or self.sizes[-1]) or []
-        return [to_pil(row) for row in self._upsample(x, chosen, generators, opts)]
+        decoder, draw = self._need("decoder", "pictures"), self._drawing(opts)
+        x = draw(decoder, Cond(image_embed=z_image, text=text), generators).clamp(-1, 1)
+        chosen = route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or []
+        return [to_pil(row) for row in enlarge(chosen, x, generators, draw)]
 
-    def _upsample(
-        self, x: Tensor, chosen: list[Stage], generators: list[torch.Generator], opts: Options
-    ) -> Tensor:
-        for stage in chosen:
-            side = stage.network.config.high
-            cond = Cond(low_res=resize(x, side))
-            x = self._run(stage, cond, (3, side, side), generators, opts).clamp(-1, 1)
-        return x
+    def _drawing(self, opts: Options) -> Draw:
+        """How each stage draws under these options, its weights on the device while it does."""
 
-    def _run(
-        self,
-        stage: Stage,
-        cond: Cond,
-        shape: tuple[int, ...],
-        generators: list[torch.Generator],
-        opts: Options,
-    ) -> Tensor:
-        null_text = None
-        if self.clip is not None and cond.text is not None:
-            with self._resident_clip() as clip:
-                null_text = clip.null_text
-        with resident([stage.network, stage.last], self.device):
-            return stage.draw(
-                cond,
-                shape,
-                opts.sampling(stage),
-                generators,
-                null_text=null_text,
-                dtype=self.dtype,
-                tile=opts.tile,
-                progress=opts.progress,
-            )
+        def draw(stage: Stage, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
+            null_text = None
+            if self.clip is not None and cond.text is not None:
+                with self._resident_clip() as clip:
+                    null_text = clip.null_text
+            with resident([stage.network, stage.last], self.device):
+                return stage.draw(
+                    cond,
+                    stage.shape,
+                    opts.sampling(stage),
+                    generators,
+                    null_text=null_text,
+                    dtype=self.dtype,
+                    tile=opts.tile,
+                    progress=opts.progress,
+                )
+
+        return draw
 
     def _best(
         self,
@@ -334,22 +316,14 @@ class UnCLIP:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
         opts.check(self.stages)
 
-    def _route(self, low: int, high: int) -> list[Stage] | None:
-        """The upsamplers that lead from pictures of `low` pixels to `high`; None if none do."""
-        if low == high:
-            return []
-        last = next((s for s in self.upsamplers if s.network.config.high == high), None)
-        before = None if last is None else self._route(low, last.network.config.low)
-        return None if last is None or before is None else [*before, last]
-
     def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
 
     def _usual_norm(self) -> float | None:
         """The norm of raw embeddings, as far as the stages or the encoder know it."""
-        measured = (s.network.scale.norm for s in (self.decoder, self.prior) if s is not None)
-        norm = next((norm for norm in measured if norm is not None), None)
+        scales = (getattr(stage.network, "scale", None) for stage in self.stages)
+        norm = next((scale.norm for scale in scales if scale is not None and scale.norm), None)
         if norm is not None or self.clip is None:
             return norm
         with self._resident_clip() as clip:
@@ -379,9 +353,3 @@ def _list(prompts: str | Sequence[str]) -> list[str]:
 def _square(image: Image.Image) -> Image.Image:
     """RGB, padded to a square on white."""
     return pad_to_square(to_rgb(image))
-
-
-def _candidates(own: torch.Generator, count: int) -> list[torch.Generator]:
-    """The image's own generator first, then others derived from its seed."""
-    seed = own.initial_seed()
-    return [own, *(randomness.generator(seed, "prior candidate", j) for j in range(1, count))]

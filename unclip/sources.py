@@ -8,8 +8,8 @@ import torch
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.open import from_folder
-from unclip.errors import CheckpointError
-from unclip.files.diffusers import PIPELINE, Folder
+from unclip.errors import CheckpointError, ConfigError
+from unclip.files.diffusers import NO_VARIANTS, PIPELINE, Folder
 from unclip.files.find import resolve_folder
 from unclip.files.folder import read_index
 from unclip.interop import karlo
@@ -19,19 +19,22 @@ from unclip.stages.stored import StoredStage, read_stage
 class Source:
     """A model's stages and encoder, its files checked and its weights not read yet.
 
-    `name` is a folder, a run, whose newest checkpoint it stands for, or a hub id.
+    `name` is a folder, a run, whose newest checkpoint it stands for, or a hub id; `variant` the
+    copy of the weights to read where others published several, such as fp16.
 
     **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
     """
 
-    def __init__(self, name: str | Path):
+    def __init__(self, name: str | Path, variant: str | None = None):
         self.root = resolve_folder(name)
         self.published: Folder | None = None  # by others, in diffusers' layout
         if (self.root / PIPELINE).is_file():
-            self.published = Folder(self.root)
+            self.published = Folder(self.root, variant=variant)
             self.stages = karlo.stages(self.published)
             self.prior_candidates = karlo.CANDIDATES
             return
+        if variant is not None:
+            raise ConfigError(NO_VARIANTS.format(self.root))
         index = read_index(self.root)
         names = [str(name) for name in index["stages"]]
         self.has_clip = "clip" in names

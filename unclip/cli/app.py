@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from unclip.cli import data, models, pictures, training
+from unclip.cli import data, evaluation, models, pictures, training
 from unclip.errors import exit_on_error
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for verb in (
     models.assemble,
     models.convert,
     training.plan,
+    evaluation.evaluate,
 ):
     app.command()(verb)
 

@@ -12,6 +12,7 @@ from unclip.errors import CheckpointError
 from unclip.files.diffusers import PIPELINE
 from unclip.files.folder import WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config, stage_order
 from unclip.files.tensors import TensorFile
+from unclip.stages.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _stage(root: Path, name: str) -> StageSummary:
             sum(path.stat().st_size for path in weights),
             str(fingerprint.get("name", "")),
         )
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{root / name} has a damaged config.json: {error!r}") from None
 
 
@@ -78,7 +79,7 @@ def _published(root: Path) -> list[StageSummary]:
     folder, found = Folder(root), []
     configs = {name: stored.stage.describe() for name, stored in stages(folder).items()}
     for name, config in {"clip": {}, **configs}.items():
-        parts = ENCODER if name == "clip" else PARTS[name.split("_")[0]]
+        parts = ENCODER if name == "clip" else PARTS[config["kind"]]
         files = [f for part in parts if part in folder.parts for f in folder.weights(part)]
         if files:
             size, sampling = _size(config) if config else "", _sampling(config.get("sampling"))
@@ -93,14 +94,10 @@ def _parameters(weights: Path) -> int:
 
 
 def _size(config: dict[str, Any]) -> str:
-    model = config.get("model", {})
-    if "low" in model:
-        return f"{model['low']} → {model['high']} px"
-    if "resolution" in model:
-        return f"{model['resolution']} px"
-    if "embed" in model:
-        return f"{model['embed']} wide"
-    return f"{config['preprocess_cfg']['size']} px → {config['fingerprint']['width']} wide"
+    if "kind" not in config:
+        return f"{config['preprocess_cfg']['size']} px → {config['fingerprint']['width']} wide"
+    kind = KINDS[config["kind"]]
+    return kind.words(kind.config.model_validate(config["model"]))
 
 
 def _sampling(sampling: dict[str, Any] | None) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.captions import USUAL, Columns
 from unclip.data.sample import Dataset
 from unclip.data.tolerant import Tolerant
@@ -15,7 +16,7 @@ from unclip.errors import DataError
 from unclip.images import Fit
 
 # One folder is one folder, with a slash behind it or without.
-Spec = Annotated[str, AfterValidator(lambda spec: spec.rstrip("/") or spec)]
+Spec = Annotated[Place, AfterValidator(lambda spec: spec.rstrip("/") or spec)]
 
 
 class DataConfig(Config):
@@ -65,6 +66,7 @@ def open_dataset(
 
     **Raises**: `DataError` when nothing of that name exists or it can't be used.
     """
+    spec = os.path.expanduser(spec)
     fit = Fit(fit) if isinstance(fit, int) else fit
     name, _, split = spec.partition(":")
     if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):

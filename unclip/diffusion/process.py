@@ -17,6 +17,9 @@ from unclip.conditioning import Cond
 from unclip.config import Config
 
 Target = Literal["x0", "eps", "v"]
+Weight = Literal["target", "x0", "v", "min-snr", "sigmoid"]
+V_CAP = 20.0  # of the weight `v` on x_0: beyond it little but rounding is left to learn
+GAMMA = 5.0  # of `min-snr`, as published
 
 
 class Denoiser(Protocol):
@@ -30,12 +33,18 @@ class Denoiser(Protocol):
 
 
 class DiffusionConfig(Config):
-    """A schedule and what the network predicts on it."""
+    """A schedule and what the network predicts on it.
+
+    `weight` says what the error at each timestep counts for in training (see `loss_weights`), and
+    changes nothing else; `bias` is that of its `sigmoid`.
+    """
 
     schedule: Literal["cosine", "linear"] = "cosine"
     steps: int = Field(1000, ge=1)
     target: Target
     learned_variance: bool = False
+    weight: Weight = "target"
+    bias: float = 2.0
 
 
 class GaussianDiffusion:
@@ -65,6 +74,10 @@ class GaussianDiffusion:
             "log_small": small.log(),
             "log_large": self.betas.log(),
         }
+        if config.weight != "target":
+            values["weight"] = loss_weights(
+                config.weight, config.target, self.alpha_bar, config.bias
+            )
         # By device, so that looking up makes no host wait for an accelerator.
         self._tables = {torch.device("cpu"): {name: row.float() for name, row in values.items()}}
 
@@ -72,6 +85,15 @@ class GaussianDiffusion:
         """Noise x0 up to timestep t. **Shapes**: x0, noise (B, *); t (B,) int64 → (B, *)."""
         a, s = self._scales(t, x0)
         return a * x0 + s * noise
+
+    def renoise(self, x: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
+        """From timestep s back up to a noisier t: q(x_t | x_s). **Shapes**: (B, *) → (B, *)."""
+        ratio = float(self.alpha_bar[t] / self.alpha_bar[s])
+        return ratio**0.5 * x + (1 - ratio) ** 0.5 * noise.to(x.device, x.dtype)
+
+    def levels(self, signal: float) -> int:
+        """How many timesteps keep at least this share √ᾱ of the signal."""
+        return int((self.alpha_bar.sqrt() >= signal).sum())
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict (v: Salimans & Ho 2022). **Shapes**: → (B, *)."""
@@ -109,15 +131,18 @@ class GaussianDiffusion:
         """The training loss of each sample, in float32 whatever the network computed in.
 
         **Shapes**: x0, noise (B, *); t (B,) → each entry (B,). `loss` is what to minimise:
-        L_simple, plus L_vlb on the variance channels (improved DDPM equation 16: 0.001 × the sum
-        over T terms is 0.001 T times the one term sampled here). `mse_q0` to `mse_q3` are L_simple
-        by quarters of time, cleanest first, nan for the samples of other quarters.
+        L_simple, weighted as the configuration says, plus L_vlb on the variance channels (improved
+        DDPM equation 16: 0.001 × the sum over T terms is 0.001 T times the one term sampled here).
+        `mse_q0` to `mse_q3` are L_simple without weights by quarters of time, cleanest first, nan
+        for the samples of other quarters.
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance = self.split(model(x_t, t, cond).float())
         mse = _mean((prediction - self.target(x0, t, noise)) ** 2)
         quarter = (t * 4 // self.config.steps).to(mse.device)
         by_time = {f"mse_q{k}": mse.where(quarter == k, torch.nan) for k in range(4)}
+        if self.config.weight != "target":
+            mse = mse * self._at("weight", t, mse)
         if variance is None:
             return {"loss": mse, **by_time}
         # The mean is detached: L_vlb must teach the variance only.
@@ -163,6 +188,33 @@ def betas(schedule: str, steps: int) -> Tensor:
     edges = torch.arange(steps + 1, dtype=torch.float64) / steps
     alpha_bar = ((edges + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def loss_weights(weight: Weight, target: Target, alpha_bar: Tensor, bias: float) -> Tensor:
+    """What the squared error of a network's target counts for at each timestep.
+
+    With SNR = ᾱ / (1 − ᾱ) and λ its logarithm, the error on ε is SNR times that on x_0, the error
+    on v 1 + SNR times (Salimans & Ho 2022, Section 4). `target` leaves the target's own error. In
+    terms of x_0 the others count: `x0` 1; `v` 1 + SNR, at most 20; `min-snr` SNR, at most 5 (Hang
+    et al. 2023, equation 6); `sigmoid` −½ dλ/du · sigmoid(bias − λ) · SNR with u = t / T, so that
+    sigmoid(bias − λ) weighs the variational bound's error on ε whatever the schedule (Kingma & Gao
+    2023, whose bias at 64 pixels is 2).
+
+    **Shapes**: alpha_bar (T,) → (T,) float64.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if weight == "target":
+        return torch.ones_like(snr)
+    if weight == "x0":
+        on_x0 = torch.ones_like(snr)
+    elif weight == "v":
+        on_x0 = (1 + snr).clamp(max=V_CAP)
+    elif weight == "min-snr":
+        on_x0 = snr.clamp(max=GAMMA)
+    else:
+        slope = -len(snr) * torch.gradient(snr.log())[0]
+        on_x0 = 0.5 * slope * torch.sigmoid(bias - snr.log()) * snr
+    return on_x0 / {"x0": torch.ones_like(snr), "eps": snr, "v": 1 + snr}[target]
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ folder/<stage>/model.safetensors
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ INDEX = "unclip.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_LAST = "model_last.safetensors"  # a second network, for the last sampling step
-_ORDER = ("clip", "prior", "ar_prior", "decoder")
+ORDER = ("clip", "prior", "ar_prior", "decoder", "upsampler")  # kinds of stages in the stack
 
 
 def write_stage(
@@ -33,8 +33,9 @@ def write_stage(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
+    exact: Collection[str] = (),
 ) -> None:
-    """Write one stage and enter it in the folder's index; `dtype` converts floating tensors.
+    """Write one stage and enter it in the folder's index; `dtype` and `exact` as `write_tensors`.
 
     **Raises**: `CheckpointError` if the name is not a stage's.
     """
@@ -42,9 +43,17 @@ def write_stage(
     stage_order(name)
     (folder / name).mkdir(parents=True, exist_ok=True)
     write_json(folder / name / CONFIG, config)
-    write_tensors(folder / name / WEIGHTS, tensors, dtype)
+    write_tensors(folder / name / WEIGHTS, tensors, dtype, exact)
     stages = read_index(folder)["stages"] if (folder / INDEX).exists() else []
     update_index(folder, stages=sorted({*stages, name}, key=stage_order))
+
+
+def stage_kind(name: str) -> str:
+    """What the stage of a name must be: there is one of each, but upsamplers have their size.
+
+    **Raises**: `CheckpointError` if the name is not a stage's.
+    """
+    return ORDER[stage_order(name)[0]]
 
 
 def stage_order(name: str) -> tuple[int, int]:
@@ -52,14 +61,15 @@ def stage_order(name: str) -> tuple[int, int]:
 
     **Raises**: `CheckpointError` if the name is not a stage's.
     """
-    if name in _ORDER:
-        return _ORDER.index(name), 0
-    upsampler = re.fullmatch(r"upsampler_([1-9]\d*)", name)
-    if upsampler is None:
+    *single, several = ORDER
+    if name in single:
+        return single.index(name), 0
+    sized = re.fullmatch(rf"{several}_([1-9]\d*)", name)
+    if sized is None:
         raise CheckpointError(
-            f"unknown stage {name!r}: expected one of {', '.join(_ORDER)}, or upsampler_SIZE"
+            f"unknown stage {name!r}: expected one of {', '.join(single)}, or {several}_SIZE"
         )
-    return len(_ORDER), int(upsampler[1])
+    return len(single), int(sized[1])
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:

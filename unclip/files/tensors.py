@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +16,22 @@ from unclip.files.disk import sync, tally
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    exact: Collection[str] = (),
 ) -> None:
-    """Write a safetensors file in one piece: contiguous, untied, readable as the umask says."""
+    """Write a safetensors file in one piece: contiguous, untied, readable as the umask says.
+
+    `dtype` converts floating tensors, but for those named in `exact`, which it makes float32.
+    """
     path = Path(path)
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        wanted = tensor.dtype
+        if dtype is not None and tensor.is_floating_point():
+            wanted = torch.float32 if name in exact else dtype
         tensor = tensor.detach().to("cpu", wanted).contiguous()
         if tensor.untyped_storage().data_ptr() in storages:  # tied: safetensors refuses it
             tensor = tensor.clone()
@@ -72,6 +80,29 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class Shards(Mapping[str, Tensor]):
+    """Several safetensors files as one.
+
+    **Raises**: `CheckpointError` if one is missing or damaged.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._files = {name: file for file in map(TensorFile, paths) for name in file}
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape, from its file's header."""
+        return self._files[name].shape(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def load_tensors(

@@ -34,7 +34,7 @@ from unclip.interop.settings import (
     prior_config,
     upsampler_config,
 )
-from unclip.stages.kinds import build
+from unclip.stages.kinds import build, kind_of
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage
 
@@ -102,9 +102,8 @@ def _upsampler(folder: Folder) -> StoredStage | None:
 def _stage(folder: Folder, name: str, config: Config, steps: str) -> Stage:
     """A stage without weights; its steps and guidance are Karlo's, its bound is the scheduler's."""
     diffusion, bound = diffusion_config(*folder.config(steps, SCHEDULER))
-    kind = name.split("_")[0]
-    sampling = SamplingConfig(**SAMPLING[kind], clip=bound)
-    return Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling)
+    sampling = SamplingConfig(**SAMPLING[kind_of(config).name], clip=bound)
+    return Stage(name, build(config), GaussianDiffusion(diffusion), sampling)
 
 
 def _renamed(folder: Folder, part: str, names: Names, stage: Stage) -> Renamed:

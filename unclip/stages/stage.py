@@ -16,18 +16,19 @@ from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.tiling import Tiled
-from unclip.files.folder import (
-    WEIGHTS_LAST,
-    write_stage,
-)
+from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
+from unclip.models.layers import statistics
 from unclip.progress import progress_bar
+from unclip.stages.kinds import kind_of
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
 # from 256 px up. An accelerator takes four times as many.
 CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
 
+# How a stage is drawn from by whoever holds the options: one sample for each generator.
+Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
 
 
@@ -51,9 +52,43 @@ class Stage:
     last: Any = None
 
     @property
+    def config(self) -> Any:
+        """The network's configuration."""
+        return self.network.config
+
+    @property
     def kind(self) -> str:
         """prior, decoder or upsampler."""
-        return self.name.split("_")[0]
+        return kind_of(self.config).name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (D,) for embeddings, (3, R, R) for pictures."""
+        return kind_of(self.config).shape(self.config)
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that are drawn, in pixels."""
+        return self.shape[-1]
+
+    @property
+    def low(self) -> int:
+        """The side of the pictures that an upsampler enlarges, in pixels."""
+        return self.config.low
+
+    @property
+    def width(self) -> int:
+        """Of the CLIP embeddings that a prior draws and a decoder is told."""
+        return self.config.embed
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network is told a caption."""
+        return getattr(self.config, "text_width", None) is not None
+
+    def embeddings(self, drawn: Tensor) -> Tensor:
+        """Raw CLIP embeddings of what a prior drew. **Shapes**: (B, D) → (B, D)."""
+        return self.network.scale.inverse(drawn)
 
     @torch.no_grad()
     def guess(
@@ -92,6 +127,8 @@ class Stage:
         negative: Cond | None = None,
         x_T: Tensor | None = None,
         after: AfterRows | None = None,
+        levels: int | None = None,
+        repeats: int = 1,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
         progress: bool = False,
@@ -100,8 +137,9 @@ class Stage:
 
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
         float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
-        of those rows of the batch that a step has led to timestep t, None for x_0. `tile` runs an
-        upsampler on tiles of that many pixels where the picture is larger.
+        of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
+        `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
+        picture is larger.
 
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
@@ -125,7 +163,9 @@ class Stage:
                 x = starting_noise(shape, own) if x_T is None else x_T[rows]
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
-                for step in denoise(guess, self.diffusion, config, x, own, enter):
+                for step in denoise(
+                    guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
+                ):
                     x = step.x
                     bar.update()
                 parts.append(x)
@@ -135,11 +175,14 @@ class Stage:
         """What its `config.json` says."""
         return {
             "kind": self.kind,
-            "model": self.network.config.model_dump(mode="json"),
-            "diffusion": self.diffusion.config.model_dump(mode="json"),
+            "model": self.config.model_dump(mode="json"),
+            "diffusion": self._process(),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
         }
+
+    def _process(self) -> dict[str, Any] | None:
+        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,
@@ -149,18 +192,12 @@ class Stage:
     ) -> None:
         """Write `folder/<name>/`; `tensors` stand in for our network's (their averages, say)."""
         tensors = self.network.state_dict() if tensors is None else tensors
-        write_stage(folder, self.name, self.describe(), _as(dtype, tensors))
+        exact = statistics(self.network)
+        write_stage(folder, self.name, self.describe(), tensors, dtype, exact)
         if self.last is not None:
-            write_tensors(folder / self.name / WEIGHTS_LAST, _as(dtype, self.last.state_dict()))
+            last = self.last.state_dict()
+            write_tensors(folder / self.name / WEIGHTS_LAST, last, dtype, exact)
 
 
 def _in_rows(after: AfterRows, rows: slice) -> Callable[[Tensor, int | None], Tensor]:
     return lambda x, t: after(x, t, rows)
-
-
-def _as(dtype: torch.dtype | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A network's tensors in `dtype`, but for the statistics of embeddings: they stay float32."""
-    if dtype is None:
-        return tensors
-    kept = ("scale.", "text_scale.")
-    return {n: x if n.startswith(kept) else x.to(dtype) for n, x in tensors.items()}

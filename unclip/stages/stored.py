@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ from unclip.files.folder import (
     WEIGHTS,
     WEIGHTS_LAST,
     read_stage_config,
-    stage_order,
+    stage_kind,
 )
 from unclip.files.tensors import TensorFile, load_tensors
-from unclip.models.prior import DiffusionPrior
-from unclip.stages.kinds import NETWORKS, build
+from unclip.models.ar_prior import ArPriorConfig
+from unclip.stages.ar_prior import ArSamplingConfig, ArStage
+from unclip.stages.kinds import KINDS, Kind, build
 from unclip.stages.stage import Stage
 
 
@@ -53,9 +55,8 @@ class StoredStage:
 
         **Raises**: `CheckpointError` where they don't fit the network.
         """
-        config = self.stage.network.config
         networks = [
-            materialise(build(self.stage.kind, config), tensors, self.where, device, dtype)
+            materialise(build(self.stage.config), tensors, self.where, device, dtype)
             for tensors in (self.tensors, self.last)
             if tensors is not None
         ]
@@ -67,30 +68,38 @@ def read_stage(folder: Path, name: str) -> StoredStage:
 
     **Raises**: `CheckpointError` when files are missing, damaged or do not fit together.
     """
-    stage_order(name)  # a name from an index must not lead out of the folder
+    expected = stage_kind(name)  # a name from an index must not lead out of the folder
     data = read_stage_config(folder, name)
     where = str(folder / name / CONFIG)
-    kind = data.get("kind")
-    if kind not in NETWORKS or kind != name.split("_")[0]:
+    kind = KINDS.get(str(data.get("kind")))
+    if kind is None or kind.name != expected:
         raise CheckpointError(
-            f"{where}: kind {kind!r} in the stage {name!r}; expected one of {list(NETWORKS)}"
+            f"{where}: kind {data.get('kind')!r} in the stage {name!r}; expected one of "
+            f"{list(KINDS)}"
         )
-    schema = NETWORKS[kind][0]
     try:
-        config = parse_config(data["model"], schema, where)
-        diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
-        sampling = parse_config(data["sampling"], SamplingConfig, where)
-        clip = data.get("clip")
-        encoder = parse_config(clip, Fingerprint, where) if clip else None
+        stage = _describe(kind, data, name, where)
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{where} can't be used: {error}") from None
-    if getattr(config, "learned_variance", False) != diffusion.learned_variance:
-        raise CheckpointError(f"{where}: learned_variance of model and diffusion must agree")
-    stage = Stage(name, build(kind, config), GaussianDiffusion(diffusion), sampling, encoder)
     weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
     return StoredStage(
         stage, TensorFile(weights), TensorFile(last) if last.is_file() else None, str(weights)
     )
+
+
+def _describe(kind: Kind, data: dict[str, Any], name: str, where: str) -> Stage:
+    """The stage without weights."""
+    config = parse_config(data["model"], kind.config, where)
+    clip = data.get("clip")
+    encoder = parse_config(clip, Fingerprint, where) if clip else None
+    if isinstance(config, ArPriorConfig):
+        drawing = parse_config(data["sampling"], ArSamplingConfig, where)
+        return ArStage.of(build(config), drawing, encoder)
+    diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
+    sampling = parse_config(data["sampling"], SamplingConfig, where)
+    if getattr(config, "learned_variance", False) != diffusion.learned_variance:
+        raise ConfigError("learned_variance of model and diffusion must agree")
+    return Stage(name, build(config), GaussianDiffusion(diffusion), sampling, encoder)
 
 
 def materialise(
@@ -105,7 +114,5 @@ def materialise(
     Memory is taken once, in `dtype`; tensors are read one by one. `what` names them in errors.
     """
     network.to(dtype).to_empty(device=device)
-    if not isinstance(network, DiffusionPrior):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     load_tensors(network, tensors, what)
     return network.eval().requires_grad_(False)

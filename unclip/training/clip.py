@@ -28,9 +28,10 @@ from unclip.data.open import DataConfig
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
+from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.precision import resolve_precision
+from unclip.training.task import load_weights
 from unclip.training.teacher import Teacher, TeacherConfig
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
@@ -159,11 +160,15 @@ class ClipTask:
         grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
         return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage `clip`, which `FrozenCLIP.load` reads."""
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
         model = copy.deepcopy(self.product)
         model.load_state_dict(tensors)
-        self._frozen(model).save(folder)
+        return self._frozen(model).describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the stage `clip` in a folder or a run."""
+        load_weights(self.product, self.name, path)
 
     def _frozen(self, model: nn.Module) -> FrozenCLIP:
         towers = OpenClipTowers(model, self.tokenizer, self.model_config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig, Spec
 from unclip.data.sample import Batch, Dataset
@@ -37,8 +37,10 @@ from unclip.training.task import (
     check_widths,
     draw,
     drop,
+    frozen_clip,
     open_train,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -51,7 +53,7 @@ class DecoderRun(Config):
     `jittered`), each by another share of it.
     """
 
-    clip: str
+    clip: Place
     data: DataConfig
     embeddings: Spec | None = None
     model: DecoderConfig
@@ -78,7 +80,8 @@ class DecoderTask:
     def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
-        self.model: nn.Module = Decoder(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Decoder(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -91,7 +94,7 @@ class DecoderTask:
             drop_image=drop(self.run, "image", ids, batch.images),
             drop_text=drop(self.run, "text", ids, batch.images),
         )
-        x0 = resize(batch.images, self.run.model.resolution)  # (B, 3, R, R)
+        x0 = resize(batch.images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         t, noise = draw(self.run, ids, x0)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
 
@@ -102,11 +105,15 @@ class DecoderTask:
         cond = self._cond(images, captions)
         out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
         rows = torch.cat([resize(images, side), out.cpu()])
-        return grid([to_pil(x) for x in rows], columns=PREVIEWS)
+        return grid([to_pil(x) for x in rows], columns=len(images))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
     def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
         reads_text = self.run.model.text_width is not None
@@ -127,7 +134,7 @@ class DecoderTask:
 
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
-    dataset, clip = open_train(run), FrozenCLIP.load(run.clip, accelerator.device)
+    dataset, clip = open_train(run), frozen_clip(run.clip, accelerator)
     task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import randomness
@@ -13,12 +14,14 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import embeddings_of
 from unclip.data.sample import Batch, Dataset, fixed
 from unclip.images import resize
+from unclip.models.ar_prior import Quantizer
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
+QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
 DRAFT_WORDINGS = 32  # of one picture, at most
@@ -35,6 +38,13 @@ def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None
         scale.fit(torch.cat([z for z, _ in _embedded(clip, dataset, STATISTICS_COUNT)]))
 
 
+def fit_quantizer(quantizer: Quantizer, clip: FrozenCLIP, dataset: Dataset, seed: int) -> None:
+    """Measure a prior's components, their ranges and dot products, evenly over the data."""
+    count = min(QUANTIZER_COUNT, DRAFT_WORDINGS * len(dataset))
+    pairs = list(_paired(clip, dataset, seed, count))
+    quantizer.fit(torch.cat([z for z, _ in pairs]), torch.cat([z for _, z in pairs]))
+
+
 def fit_layout(
     decoder: Decoder,
     clip: FrozenCLIP,
@@ -48,13 +58,15 @@ def fit_layout(
     It sees two hundred times as many pictures a second as through the U-Net, which goes on from
     here. **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
     """
-    layout = decoder.layout
-    assert layout is not None
-    drawn = _embedded(clip, dataset, LAYOUT_COUNT)
-    parts = [(z, resize(batch.images, layout.side)) for z, batch in drawn]
-    device = layout.out.weight.device  # not the encoder's before the run has begun
+    layout, config = decoder.layout, decoder.config.layout
+    assert layout is not None and config is not None
+    device = layout.out.weight.device
+    parts = [
+        (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
+        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
+    ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
-    x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
+    x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(z), (BATCH,), generator=g).to(device)
@@ -80,7 +92,7 @@ def fit_draft(
     """
     draft, scale = prior.draft, prior.text_scale
     assert draft is not None and scale is not None
-    device = draft.out.weight.device  # not the encoder's before the run has begun
+    device = draft.out.weight.device
     count = min(DRAFT_COUNT, DRAFT_WORDINGS * len(dataset))
     pairs = list(_paired(clip, dataset, seed, count))
     x0 = prior.scale(torch.cat([z for z, _ in pairs]).to(device))  # (n, D)
@@ -89,8 +101,9 @@ def fit_draft(
     null = scale(clip.null_text.embed.to(device))  # (1, D)
     text = scale(text)
     # Fitted where every direction counts alike, three times faster; the first layer then turns.
-    _, spread, axes = torch.linalg.svd(text, full_matrices=False)
-    spread = spread / len(text) ** 0.5
+    few = len(text) < text.shape[1]  # captions: in the other directions they don't differ
+    _, spread, axes = torch.linalg.svd(text, full_matrices=few)
+    spread = F.pad(spread, (0, len(axes) - len(spread))) / len(text) ** 0.5  # (D,)
     turn = axes / spread.clamp(min=DRAFT_FLOOR)[:, None]  # (D, D)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -114,8 +127,8 @@ def _fit(
     autocast: Autocast,
 ) -> None:
     """Least squares on `rounds` batches of (condition, what it stands for)."""
-    frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LR, fused=True)
+    fitted = [parameter.requires_grad_() for parameter in draft.fitted()]
+    optimizer = torch.optim.AdamW(fitted, LR, fused=True)
     for step in progress_bar(range(rounds), name):
         condition, x0 = draw(randomness.generator(seed, name, step))
         optimizer.param_groups[0]["lr"] = LR * min(1, 20 * step / rounds, 1 - step / rounds)
@@ -125,7 +138,7 @@ def _fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for parameter in frozen:
+    for parameter in fitted:
         parameter.requires_grad_(False)
 
 

@@ -31,8 +31,9 @@ from unclip.data.metadata import write_metadata
 from unclip.data.open import open_dataset
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import ConfigError, DataError, exit_on_error
-from unclip.files.disk import read_json, sync, write_json
+from unclip.files.disk import check_writable, from_home, read_json, sync, write_json
 from unclip.images import Fit
+from unclip.precision import allow_tf32, default_dtype
 from unclip.progress import progress_bar
 from unclip.randomness import generator
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Exit codes: 2 configuration, 3 data, 4 checkpoint.",
     )
     parser.add_argument("data", help="what data.train may name, for example emoji or a folder")
-    parser.add_argument("out", type=Path, help="the cache; begun ones are gone on with")
+    parser.add_argument("out", type=from_home, help="the cache; begun ones are gone on with")
     parser.add_argument("--clip", required=True, help="the frozen encoder")
     parser.add_argument("--resolution", type=int, help="of the pictures; the encoder's by default")
     parser.add_argument(
@@ -188,8 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
+        check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available())
-        clip = FrozenCLIP.load(given.clip, state.device)
+        allow_tf32(state.device)
+        clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
         columns = Columns(given.caption, given.image)
         dataset = open_dataset(given.data, Fit(resolution, given.fit), columns=columns)

@@ -5,6 +5,7 @@ B batch, D CLIP embedding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, embeddings_of
 from unclip.data.open import DataConfig, is_cache
 from unclip.data.sample import Batch, Dataset
@@ -35,7 +36,9 @@ from unclip.training.task import (
     check_widths,
     draw,
     drop,
+    frozen_clip,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -43,7 +46,7 @@ from unclip.training.task import (
 class PriorRun(Config):
     """A training run of the diffusion prior; `clip` names the frozen encoder."""
 
-    clip: str
+    clip: Place
     data: DataConfig
     model: PriorConfig
     diffusion: DiffusionConfig
@@ -67,6 +70,7 @@ class PriorTask:
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
         self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = DiffusionPrior(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
 
@@ -82,31 +86,53 @@ class PriorTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
-        if self.run.data.val is None and is_cache(self.run.data.train):
-            return None  # no pictures to show
-        images, captions = self.shown.first(64)
-        z_image = self.clip.encode_image(images)
-        text = self.clip.encode_text(captions[:PREVIEWS])
-        z = model.scale.inverse(
-            sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
-        )
-        near = cosine_similarity(z[:, None], z_image[None], dim=-1).topk(4, dim=1).indices
-        rows = [[k, *near[k].tolist()] for k in range(len(z))]
-        return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
+        return nearest_pictures(self.stage, model, self.run.data, self.shown, self.clip)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
+
+
+def nearest_pictures(
+    stage: Stage, model: Any, data: DataConfig, shown: Shown, clip: FrozenCLIP
+) -> Image.Image | None:
+    """Each row: a validation picture, then those nearest to what a prior makes of its caption."""
+    if data.val is None and is_cache(data.train):
+        return None  # no pictures to show
+    images, captions = shown.first(64)
+    z_image = clip.encode_image(images)
+    cond = Cond(text=clip.encode_text(captions[:PREVIEWS]))
+    z = replace(stage, network=model).embeddings(
+        sample_preview(stage, model, cond, stage.shape, clip)
+    )
+    similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
+    near = similar.topk(min(4, len(images)), dim=1).indices
+    rows = [[k, *near[k].tolist()] for k in range(len(z))]
+    return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
+
+
+def open_pairs(run: Any, accelerator: Accelerator, raw: bool = False) -> tuple[Dataset, FrozenCLIP]:
+    """What a prior learns from, pictures or a cache of their embeddings, and the encoder.
+
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if `raw` embeddings
+    are needed and it holds unit vectors.
+    """
+    dataset = run.data.open(run.data.train, embeddings=True)
+    clip = frozen_clip(run.clip, accelerator)
+    if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
+        dataset.dataset.check_encoder(clip, run.clip)
+        if raw:
+            dataset.dataset.check_raw(clip)
+    return dataset, clip
 
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset = run.data.open(run.data.train, embeddings=True)
-    clip = FrozenCLIP.load(run.clip, accelerator.device)
-    if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
-        dataset.dataset.check_encoder(clip, run.clip)
-        if not run.model.scale.normalizes:
-            dataset.dataset.check_raw(clip)
+    dataset, clip = open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
     task = PriorTask(run, clip, dataset)
 
     def begin() -> None:

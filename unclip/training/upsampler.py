@@ -27,7 +27,15 @@ from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.stages.stage import Stage
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import PREVIEWS, Shown, draw, open_train, sample_preview, stream
+from unclip.training.task import (
+    PREVIEWS,
+    Shown,
+    draw,
+    open_train,
+    sample_preview,
+    start_from,
+    stream,
+)
 
 
 class UpsamplerRun(Config):
@@ -98,7 +106,8 @@ class UpsamplerTask:
     def __init__(self, run: UpsamplerRun, train: Dataset | None = None):
         self.run, self.shown, self.made = run, Shown(run.data, train), Shrunk(run)
         self.name = f"upsampler_{run.model.high}"
-        self.model: nn.Module = Upsampler(run.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = Upsampler(run.model)
+        self.product: nn.Module = self.model
         self.stage = Stage(
             self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
         )
@@ -119,11 +128,15 @@ class UpsamplerTask:
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
         out = sample_preview(self.stage, model, cond, tuple(real.shape[1:]), None)
-        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=PREVIEWS)
+        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
 
 def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
