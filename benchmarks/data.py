@@ -116,7 +116,7 @@ def measure_many(root: Path, rows: int) -> dict[str, float]:
         os.link(shard, root / "many" / f"{number:04}.tar")
     with (
         patch.dict(os.environ, UNCLIP_CACHE=str(root / "indexes")),
-        patch("unclip.data.shards.index_shard", lambda path: index),
+        patch("unclip.data.shards.index_shard", lambda *_: index),
     ):
         open_dataset(str(root / "many"), 8)  # writes the indexes
         before, began = memory("VmRSS"), time.perf_counter()
