@@ -30,6 +30,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.captions import clean, hash_of
+from unclip.data.folders import fixed_part
 from unclip.data.kept import check_open_files
 from unclip.data.metadata import Metadata
 from unclip.data.sample import Batch, Dataset, Sample
@@ -169,14 +170,9 @@ class Joined:
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
         self.name, self.dataset, self.cache = dataset.name, dataset, cache
-        inner = getattr(dataset, "dataset", dataset)  # of a `Tolerant`
-        self._root = Path(getattr(inner, "root", ""))
-        hashes = np.sort(getattr(inner, "key_hashes", np.zeros(0, np.uint64)))
-        self._shared = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])  # names in several shards
+        self._root = Path(getattr(self._inner, "root", ""))
         made = str(cache.index.get("data", self.name))
-        ours, theirs = (
-            os.path.realpath(re.split(r"[*?\[{]", spec)[0]) for spec in (self.name, made)
-        )
+        ours, theirs = (os.path.realpath(fixed_part(spec)) for spec in (self.name, made))
         if not (ours.startswith(theirs) or theirs.startswith(ours)):
             warnings.warn(
                 f"{cache.name} was made of {made}, not of {self.name}: embeddings are taken by the "
@@ -210,6 +206,18 @@ class Joined:
                 "ambiguous",
             )
         return z
+
+    @property
+    def _inner(self) -> Dataset:
+        """What a `Tolerant` is around."""
+        return getattr(self.dataset, "dataset", self.dataset)
+
+    @cached_property
+    def _shared(self) -> np.ndarray:
+        """Hashes of names that samples of several shards have: 8 bytes a sample for a moment."""
+        hashes = np.array(getattr(self._inner, "key_hashes", []), np.uint64)
+        hashes.sort()
+        return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
 
     def _is_shared(self, key: str) -> bool:
         place = np.searchsorted(self._shared, np.uint64(hash_of(key)))
