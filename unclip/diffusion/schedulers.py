@@ -41,17 +41,27 @@ class Ancestral(UnCLIPScheduler):
         return super().step(x0, timestep, sample, **options)
 
 
-def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tuple[Any, list[int]]:
-    """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
-
-    **Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has.
-    """
+def check_sampler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> None:
+    """**Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has."""
     if sampler not in get_args(SamplerName):
         known = ", ".join(get_args(SamplerName))
         raise ConfigError(f"unknown sampler {sampler!r}; choose one of {known}")
     total = diffusion.config.steps
     if not 1 <= steps <= total:
         raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
+    if sampler in ("dpm++", "unipc") and steps >= (usable := _usable(diffusion)):
+        raise ConfigError(
+            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
+        )
+
+
+def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tuple[Any, list[int]]:
+    """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
+
+    **Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has.
+    """
+    check_sampler(diffusion, sampler, steps)
+    total = diffusion.config.steps
     common: dict[str, Any] = {"prediction_type": "sample"}
     if sampler == "ddpm":
         learned = diffusion.config.learned_variance
@@ -84,12 +94,7 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
         )
         scheduler.set_timesteps(steps)
         return scheduler, kept.tolist()
-    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
-    usable = int((lambdas >= LAMBDA_MIN).sum())
-    if steps >= usable:
-        raise ConfigError(
-            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
-        )
+    usable = _usable(diffusion)
     kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
     scheduler = kind(
         num_train_timesteps=usable,
@@ -99,3 +104,9 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
     )
     scheduler.set_timesteps(steps)
     return scheduler, scheduler.timesteps.tolist()
+
+
+def _usable(diffusion: GaussianDiffusion) -> int:
+    """How many timesteps, from the cleanest on, the multistep solvers can work with."""
+    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
+    return int((lambdas >= LAMBDA_MIN).sum())

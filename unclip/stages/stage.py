@@ -32,6 +32,16 @@ Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
 
 
+# Whether to show bars on a terminal, or what to call after every step with the stage's name, the
+# steps that are done and those there are to do.
+Progress = bool | Callable[[str, int, int], object]
+
+
+def together(shape: Sequence[int], device: torch.device) -> int:
+    """How many samples of this shape go through a network together."""
+    return CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], device)
+
+
 def chunk_size(side: int, device: torch.device) -> int:
     """How many pictures of this side go through a network together."""
     return max(1, CHUNK_PIXELS * (1 if device.type == "cpu" else 4) // side**2)
@@ -125,7 +135,7 @@ class Stage:
         after: AfterRows | None = None,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
@@ -137,11 +147,11 @@ class Stage:
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
         """
-        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
+        chunk = together(shape, cond.device)
         starts = range(0, len(generators), chunk)
         total = config.steps * len(starts)
-        parts = []
-        with progress_bar(what=self.name, total=total, shown=progress) as bar:
+        done, parts = 0, []
+        with progress_bar(what=self.name, total=total, shown=progress is True) as bar:
             for start in starts:
                 rows = slice(start, start + chunk)
                 guess = self.guess(
@@ -157,8 +167,10 @@ class Stage:
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
                 for step in denoise(guess, self.diffusion, config, x, own, enter):
-                    x = step.x
+                    x, done = step.x, done + 1
                     bar.update()
+                    if callable(progress):
+                        progress(self.name, done, total)
                 parts.append(x)
         return torch.cat(parts)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.conditioning import Cond
+from unclip.errors import ConfigError
 from unclip.images import resize
 from unclip.stages.stage import Draw, Stage
 
@@ -22,6 +23,25 @@ def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | Non
     last = next((stage for stage in upsamplers if stage.side == high), None)
     before = None if last is None else route(upsamplers, low, last.low)
     return None if last is None or before is None else [*before, last]
+
+
+def way_up(
+    upsamplers: Sequence[Stage], side: int, size: int | None = None
+) -> tuple[int, list[Stage]]:
+    """How a picture of any side gets to `size`, by default the largest: the side that it is first
+    resized to, the largest input not above its own, and the stages from there.
+
+    **Raises**: `ConfigError` naming the sizes that it can get to.
+    """
+    goals = [stage.side for stage in upsamplers if stage.side > side]
+    goal = size or upsamplers[-1].side
+    if goal not in goals:
+        possible = f"can be upscaled to {goals}" if goals else "is too large to upscale"
+        raise ConfigError(f"size {goal}: with this model a picture of {side} pixels {possible}")
+    lows = sorted(
+        {stage.low for stage in upsamplers}, key=lambda low: (low > side, abs(low - side))
+    )
+    return next((low, r) for low in lows if low < goal and (r := route(upsamplers, low, goal)))
 
 
 def enlarge(
