@@ -23,7 +23,7 @@ import torch
 from machine import MB, memory, reset_peak
 
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cache, write_cache
+from unclip.data.cache import EmbeddingCache
 from unclip.data.degradations import bsr
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
@@ -34,6 +34,7 @@ from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import to_pil
 from unclip.randomness import generator
+from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 
 SECONDS = 3.0  # for each measurement
 

@@ -261,6 +261,7 @@ def test_half_precision_weights_load_as_float32_and_keep_statistics(pipe, tmp_pa
     assert distance(copy.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0]) < 0.05
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_runs_on_the_cpu_and_stays_close(pipe, model_folder, dtype):
     low = UnCLIP.from_pretrained(model_folder, dtype=dtype)

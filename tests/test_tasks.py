@@ -25,10 +25,12 @@ from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.training.ar_prior import ArPriorRun
 from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
+from unclip.training.task import Shown
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,7 @@ SCHEMAS = {
     "clip": ClipRun,
     "judge": ClipRun,
     "prior": PriorRun,
+    "ar": ArPriorRun,
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
@@ -69,7 +72,8 @@ def tiny(stage, clip, *more):
     if stage == "prior":
         overrides += ["model.context=12"]
     path = ROOT / "configs" / "shapes" / f"{stage}.yaml"
-    return load_config(path, [*overrides, *more], SCHEMAS[stage.split("_")[0]])
+    last = {override.partition("=")[0]: override for override in [*overrides, *more]}
+    return load_config(path, [*last.values()], SCHEMAS[stage.split("_")[0]])
 
 
 def first_batch(run, **where):
@@ -165,6 +169,36 @@ def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
     assert error < 0.5 * (line - x0).square().mean()
     null = priors[0].drafted(clip.null_text.embed)  # dropped captions tell nothing
     assert null.square().mean() < 0.1
+
+
+def test_a_draft_may_be_fitted_to_fewer_captions_than_embeddings_have_dimensions(
+    model_folder, monkeypatch
+):
+    """A singular value decomposition gives no more axes than there are captions."""
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_COUNT", 10)
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_EPOCHS", 3)
+    run = tiny("prior", model_folder, "model.draft={width: 16}")
+    task, dataset = PriorTask(run, FrozenCLIP.load(run.clip)), open_dataset("shapes:val", 32)
+    fit_scale(task.stage.network.scale, task.clip, dataset)
+    fit_draft(task.stage.network, task.clip, dataset, seed=0)
+    drafted = task.stage.network.drafted(task.clip.encode_text(["a red circle"]).embed)
+    assert drafted.shape == (1, 16) and bool(drafted.isfinite().all())
+
+
+def test_a_decoder_draws_no_colours_beyond_black_and_white(model_folder):
+    """Pictures that bicubic had made smaller were targets with 5 % of their pixels beyond 1."""
+    run = tiny("decoder", model_folder, "data.resolution=48")
+    batch, seen = first_batch(run), []
+    assert resize(batch.images, run.model.resolution).abs().max() > 1.001
+
+    class Spy(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            return torch.zeros_like(x_t)
+
+    task = DecoderTask(run, FrozenCLIP.load(run.clip))
+    task.stage.diffusion.loss = lambda model, x0, *_: seen.append(x0)
+    task.loss(Spy(), batch, 0)
+    assert seen[0].abs().max() <= 1
 
 
 def test_jitter_moves_training_embeddings_and_no_others(model_folder):
@@ -275,6 +309,7 @@ def test_accelerate_launch_trains_a_decoder_on_two_processes(model_folder, tmp_p
         *("--num_processes", "2", "--main_process_port", "0", "train/decoder.py", str(config)),
         *("train.steps=2", f"train.out={out}", "train.log_every=1", "train.save_every=2"),
         "train.sample_every=100",
+        "train.precision=fp32",
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -317,8 +352,7 @@ def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_
 def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, model_folder, count):
     """Of three validation pictures the prior's preview failed ("k out of range"), and the
     decoder's put its second row beside the first."""
-    for stage in ("training.prior", "training.decoder", "training.upsampler"):
-        monkeypatch.setattr(f"unclip.{stage}.first_samples", lambda data, most: few(data, count))
+    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.data, count))
     clip = FrozenCLIP.load(str(model_folder))
     tasks = [PriorTask(tiny("prior", str(model_folder)), clip)]
     tasks += [DecoderTask(tiny("decoder", str(model_folder), "sampling.steps=2"), clip)]

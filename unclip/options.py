@@ -11,7 +11,8 @@ from unclip.config import parse_config
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import ConfigError
-from unclip.stages.stage import Progress, Stage
+from unclip.progress import Progress
+from unclip.stages.stage import Stage
 
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
@@ -119,7 +120,10 @@ class Options:
         if eta is not None:
             asked["eta"] = eta
         source = f"sampling of {stage.name}"
-        config = parse_config(stage.sampling.model_dump() | asked, SamplingConfig, source)
+        own = stage.sampling
+        config = parse_config(own.model_dump() | asked, type(own), source)
+        if not isinstance(config, SamplingConfig):  # a prior that samples in another way
+            return config
         try:
             check_sampler(stage.diffusion, config.sampler, config.steps)
         except ConfigError as error:

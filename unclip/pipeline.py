@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from unclip import randomness
+from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.clip.towers import unread
 from unclip.conditioning import Cond, TextEncoding
+from unclip.drawing import Drawing
 from unclip.errors import CheckpointError, ConfigError, UnclipWarning
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
@@ -30,8 +30,8 @@ from unclip.options import Options
 from unclip.sources import Source
 from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
-from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage, together
-from unclip.stages.upsampler import enlarge, route, way_up
+from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
+from unclip.stages.upsampler import enlarged, route, way_up
 
 PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
 
@@ -193,6 +193,9 @@ class UnCLIP:
             prompts = self._prompts(() if prompt is None else prompt)
         else:
             z_image = as_embeddings(z_image, decoder.width).repeat_interleave(n, 0)  # (B n, D)
+            if not decoder.config.scale.normalizes:
+                mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
+                check_raw(z_image, self._usual_norm, "these embeddings", mend)
             prompts = self._prompts("" if prompt is None else prompt)
             prompts *= len(z_image) // n if len(prompts) == 1 else 1
             if len(prompts) * n != len(z_image):
@@ -201,65 +204,18 @@ class UnCLIP:
                 raise ConfigError("candidates are ranked against a caption, and there is none")
         if self.clip is None and (z_image is None or prompt is not None or decoder.reads_text):
             self._need_clip()
-        seeds = as_seeds(seed, n * len(prompts))
-        return self._groups(prompts, z_image, seeds, opts, self._drawing(opts))
-
-    def _groups(
-        self,
-        prompts: list[str],
-        z_image: Tensor | None,
-        seeds: list[int],
-        opts: Options,
-        draw: Draw,
-    ) -> Iterator[Image.Image]:
-        """Group after group of as many pictures as the decoder takes together."""
-        group = together(self._need("decoder", "pictures").shape, self.device)
-        n = len(seeds) // len(prompts)
-        for start in range(0, len(seeds), group):
-            own = seeds[start : start + group]
-            index = torch.arange(start, start + len(own)) // n  # of the prompts
-            text = None
-            if self.clip is not None:
-                read = self._encode_text(prompts[index[0] : index[-1] + 1])
-                text = read.rows(index - index[0])
-            z = None if z_image is None else z_image[start : start + group].to(self.device)
-            generators = [torch.Generator().manual_seed(s) for s in own]
-            pictures = self._pictures(z, text, generators, opts, draw)
-            if opts.candidates == 1 or text is None:
-                yield from pictures
-                continue
-            rounds = [list(pictures)]
-            for j in range(1, opts.candidates):
-                generators = [randomness.generator(s, "candidate", j) for s in own]
-                rounds.append(list(self._pictures(z, text, generators, opts, draw)))
-            scores = [
-                cosine_similarity(self.encode_image(pictures).float(), text.embed.float())
-                for pictures in rounds
-            ]
-            best = torch.stack(scores).argmax(0).tolist()  # of (candidates, B)
-            yield from (rounds[j][k] for k, j in enumerate(best))
-
-    def _pictures(
-        self,
-        z_image: Tensor | None,
-        text: TextEncoding | None,
-        generators: list[torch.Generator],
-        opts: Options,
-        draw: Draw,
-    ) -> Iterator[Image.Image]:
-        """A picture for each generator, as soon as the last stage has drawn it."""
-        decoder = self._need("decoder", "pictures")
-        if z_image is None:
-            assert text is not None and self.prior is not None
-            count = opts.prior_candidates or self.prior_candidates
-            z_image = draw_embeddings(self.prior, text, generators, count, draw)
-        x = draw(decoder, Cond(image_embed=z_image, text=text), generators).clamp(-1, 1)
-        chosen = route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or []
-        x = enlarge(chosen[:-1], x, generators, draw)
-        chunk = together(chosen[-1].shape, self.device) if chosen else len(x)
-        for start in range(0, len(x), chunk):
-            rows = slice(start, start + chunk)
-            yield from map(to_pil, enlarge(chosen[-1:], x[rows], generators[rows], draw))
+        drawing = Drawing(
+            self.prior,
+            decoder,
+            route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or [],
+            self._drawing(opts),
+            self.device,
+            None if self.clip is None else self._encode_text,
+            self.encode_image,
+            opts.prior_candidates or self.prior_candidates,
+            opts.candidates,
+        )
+        return drawing.pictures(prompts, z_image, as_seeds(seed, n * len(prompts)))
 
     def text_to_embedding(
         self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
@@ -291,7 +247,7 @@ class UnCLIP:
         low, chosen = way_up(self.upsamplers, square.width, opts.size)
         x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
         generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
-        return to_pil(enlarge(chosen, x, generators, draw)[0])
+        return to_pil(next(enlarged(chosen, x, generators, draw)))
 
     def _drawing(self, opts: Options) -> Draw:
         """How each stage draws under these options, its weights on the device while it does.
@@ -329,6 +285,15 @@ class UnCLIP:
     def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
+
+    def _usual_norm(self) -> float | None:
+        """The norm of raw embeddings, as far as the stages or the encoder know it."""
+        scales = (getattr(stage.network, "scale", None) for stage in self.stages)
+        norm = next((scale.norm for scale in scales if scale is not None and scale.norm), None)
+        if norm is not None or self.clip is None:
+            return norm
+        with self._resident_clip() as clip:
+            return clip.norm
 
     @contextmanager
     def _resident_clip(self) -> Iterator[FrozenCLIP]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import CheckpointError
 from unclip.files.folder import read_stage_config
 from unclip.files.tensors import TensorFile
@@ -44,7 +45,9 @@ def _stage(source: Source, name: str) -> tuple[str, str, str]:
     asked = stage.sampling
     return (
         kind_of(stage.config).words(stage.config),
-        f"{asked.sampler}, {asked.steps} steps, guidance {asked.guidance:g}",
+        f"{asked.sampler}, {asked.steps} steps, guidance {asked.guidance:g}"
+        if isinstance(asked, SamplingConfig)
+        else ", ".join(f"{key} {value:g}" for key, value in asked.model_dump().items()),
         stage.encoder.name if stage.encoder else "",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from unclip.files.disk import write_new
 
 NAME = "image_embeds"
 SUFFIXES = (".safetensors", ".npy")
+UNIT = 0.01  # how far from one the norms of unit vectors may be
 
 
 def write_embeddings(
@@ -82,6 +83,22 @@ def read_embeddings(path: Path, encoder: Fingerprint | None) -> tuple[Tensor, li
         raise DataError(f"{path} holds no embedding of finite numbers")
     keys = [str(key) for key, kept in zip(keys, sound.tolist(), strict=True) if kept]
     return z[sound].float(), keys
+
+
+def check_raw(z: Tensor, usual: Callable[[], float | None], what: str, mend: str) -> None:
+    """Refuse unit vectors, such as LAION's, where embeddings as the encoder gives them are meant.
+
+    `usual` says the norm that those have, if that is known. **Shapes**: z (N, D).
+
+    **Raises**: `DataError` that says what they are and ends with `mend`.
+    """
+    if bool(((z.float().norm(dim=-1) - 1).abs() < UNIT).all()):
+        norm = usual()
+        if norm is not None and not 0.5 < norm < 2:
+            raise DataError(
+                f"{what} have been normalised: their norms are 1, but those that the encoder gives "
+                f"are about {norm:.1f}; {mend}"
+            )
 
 
 def _fingerprint(text: str, path: Path) -> Fingerprint:

@@ -144,6 +144,12 @@ class FrozenCLIP(nn.Module):
         return self._null.to(self.device, self.dtype)
 
     @cached_property
+    def norm(self) -> float:
+        """The norm that raw embeddings usually have, of three pictures or sentences."""
+        z = self.encode_image(probes()) if self.has_images else self.encode_text(PROBE_TEXTS).embed
+        return float(z.float().norm(dim=-1).mean())
+
+    @cached_property
     def fingerprint(self) -> Fingerprint:
         """What tells this encoder from others; equal for copies in other formats or precisions."""
         z_text = self.encode_text(PROBE_TEXTS).embed  # (3, D)

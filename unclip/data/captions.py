@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,12 @@ def clean(caption: str) -> str:
 def printable(name: str) -> str:
     """A file's name as a key: what is not UTF-8 in it, written out."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def hash_of(key: str) -> int:
+    """64 bits that are the same in every process."""
+    data = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def read_captions(data: bytes, name: object) -> list[str]:

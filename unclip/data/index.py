@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,13 +14,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from unclip.data.sample import cache_folder
-from unclip.errors import DataError
+from unclip.data.kept import THREADS, check_open_files, kept_at, made_once
 from unclip.files.disk import replacing
 from unclip.progress import progress_bar
-
-THREADS = min(8, os.cpu_count() or 1)
-WORLD = "LOCAL_WORLD_SIZE"  # the launchers' name for the processes of this machine
 
 T = TypeVar("T")
 
@@ -47,40 +41,25 @@ class Index:
 
 
 def index_all(shards: Sequence[Path], read: Read, form: str) -> Index:
-    """The joined index, made if it isn't there or a shard has changed; `form` is its format's name.
+    """The joined index, made if it isn't there or a shard has changed; `form` names its format.
 
     The processes of a machine read the new shards by turns, each its share, and one joins them.
     Where nothing can be kept, every process has all of it in memory.
 
     **Raises**: `DataError` when the system lets no more files be open.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        identities = "\n".join([form, *pool.map(_identity, shards)])
-    name = hashlib.blake2b(os.fsencode(identities), digest_size=16).hexdigest()
-    path = cache_folder("shards") / f"all-{name}.npy"
+    path = kept_at("shards", shards, form, ".all.npy")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _open(path) or _make(path, shards, read)
+        if (found := _open(path)) is not None:
+            return found
+        _read_shares(path, shards, read)
+        return made_once(path, lambda: _open(path), lambda own: _join(own, path, shards, read))
     except OSError as error:
         check_open_files(error)
     parts = _all(shards, lambda shard: _in_memory(read(shard)))
     entries = [own for own, _ in parts]
     ends = list(accumulate(len(own) for own in entries))
     return Index(np.concatenate(entries), ends, [about for _, about in parts])
-
-
-def check_open_files(error: OSError) -> None:
-    """**Raises**: `DataError` if descriptors ran out, which says nothing about the file."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        raise DataError("too many open files; raise the limit, for example `ulimit -n 4096`")
-
-
-def _identity(shard: Path) -> str:
-    try:
-        stat = shard.stat()
-    except OSError:
-        return f"{shard} is not there"
-    return f"{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _open(path: Path) -> Index | None:
@@ -96,21 +75,17 @@ def _open(path: Path) -> Index | None:
         return None  # damaged: made again
 
 
-def _make(path: Path, shards: Sequence[Path], read: Read) -> Index:
-    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get(WORLD, 1))
-    for part in range(rank, rank + world):  # its own share first, then those of others that died
+def _read_shares(path: Path, shards: Sequence[Path], read: Read) -> None:
+    """Let every shard's index be kept: this process's share, then what others have not done."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # as launchers say it
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in range(rank, rank + world):
         with FileLock(path.with_suffix(f".{part % world}.lock")):
             _all(shards[part % world :: world], lambda shard: bool(read(shard)))
-    with FileLock(path.with_suffix(".lock")):
-        made = _open(path)
-        if made is None:
-            _join(path, shards, read)
-            made = _open(path)
-    assert made is not None
-    return made
 
 
-def _join(path: Path, shards: Sequence[Path], read: Read) -> None:
+def _join(own: Path, path: Path, shards: Sequence[Path], read: Read) -> None:
     """Shard by shard: no more than one of them is open or in memory."""
     lengths, about, form = [], [], np.dtype("u1")
     for shard in shards:
@@ -120,12 +95,12 @@ def _join(path: Path, shards: Sequence[Path], read: Read) -> None:
         form = entries.dtype
     descr = np.lib.format.dtype_to_descr(form)
     header = {"descr": descr, "fortran_order": False, "shape": (sum(lengths),)}
-    with replacing(path) as own, own.open("wb") as file:
+    with own.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
             file.write(_in_memory(read(shard))[0].tobytes())
-    with replacing(path.with_suffix(".json")) as own:
-        own.write_text(json.dumps({"ends": list(accumulate(lengths)), "about": about}))
+    with replacing(path.with_suffix(".json")) as beside:
+        beside.write_text(json.dumps({"ends": list(accumulate(lengths)), "about": about}))
 
 
 def _all(shards: Sequence[Path], work: Callable[[Path], T]) -> list[T]:

@@ -5,11 +5,9 @@ B batch, H and W a picture's sides, h and w those of its small copy, D CLIP embe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -120,11 +118,3 @@ class Batch:
 def fixed(dataset: Dataset, index: int, own: torch.Generator | None = None) -> Sample:
     """The middle of picture `index`, with the same wording every time unless `own` draws it."""
     return dataset.get(index, own or generator(0, "preview", index)).cut()
-
-
-def cache_folder(what: str) -> Path:
-    """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
-    chosen = os.environ.get("UNCLIP_CACHE")
-    return (
-        Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "unclip"
-    ) / what

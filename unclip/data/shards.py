@@ -37,8 +37,9 @@ from unclip.data.captions import (
     read_captions,
 )
 from unclip.data.damage import named
-from unclip.data.index import check_open_files, index_all
-from unclip.data.sample import MAX_BAD, Sample, cache_folder
+from unclip.data.index import index_all
+from unclip.data.kept import cache_folder, check_open_files
+from unclip.data.sample import MAX_BAD, Sample
 from unclip.data.tar import ENTRY, FORMAT, TEXTS, ShardIndex, index_shard, name_at
 from unclip.errors import DataError
 from unclip.files.disk import replacing
@@ -81,6 +82,11 @@ class Shards:
             if about["lacking"]
         }
         self._check(problems, lacking, len(shards) + len(missing))
+
+    @property
+    def key_hashes(self) -> np.ndarray:
+        """`hash_of` each sample's name in its shard. **Shapes**: → (n,) uint64."""
+        return self._entries["key"]
 
     @property
     def _texts(self) -> Sequence[str]:
@@ -179,8 +185,7 @@ def _read_index(shard: Path, texts: Sequence[str]) -> ShardIndex:
             entries = np.load(path, mmap_mode="r", allow_pickle=False)
             return ShardIndex(entries, about["problem"], about["lacking"], about["first"])
         except (OSError, ValueError, KeyError) as error:  # damaged: made again
-            if isinstance(error, OSError):
-                check_open_files(error)
+            check_open_files(error)
     index = index_shard(shard, texts)
     try:
         with replacing(path) as own, own.open("wb") as file:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
-from unclip.data.sample import cache_folder
+from unclip.data.kept import cache_folder
 from unclip.errors import CheckpointError, ConfigError
 from unclip.evaluation import measures
 from unclip.evaluation.drawings import Group, Kept, drawers

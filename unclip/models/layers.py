@@ -158,6 +158,11 @@ class ScaleConfig(Config):
     factor: float = Field(17.2, gt=0)
     normalize: bool = False
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether embeddings count by direction only."""
+        return self.kind == "unit" or (self.kind == "whiten" and self.normalize)
+
 
 class Statistics(nn.Module):
     """A module of numbers measured on training data, buffers that stay float32 always."""
@@ -213,6 +218,13 @@ class EmbeddingScale(Statistics):
         if self.config.kind == "unit":
             return z / self.config.factor
         return z * self.std + self.mean if self.config.kind == "whiten" else z
+
+    @property
+    def norm(self) -> float | None:
+        """The norm of the raw embeddings that it was measured on, if their norms count."""
+        if self.config.kind != "whiten" or self.config.normalize:
+            return None
+        return float((self.mean.square() + self.std.square()).sum().sqrt())
 
     def fit(self, z: Tensor) -> None:
         """Measure mean and standard deviation on training embeddings (used by `whiten`).

@@ -5,7 +5,7 @@ B pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.conditioning import Cond
 from unclip.errors import ConfigError
 from unclip.images import resize
-from unclip.stages.stage import Draw, Stage
+from unclip.stages.stage import Draw, Stage, together
 
 
 def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | None:
@@ -51,3 +51,15 @@ def enlarge(
     for stage in chosen:
         x = draw(stage, Cond(low_res=resize(x, stage.side)), generators).clamp(-1, 1)
     return x
+
+
+def enlarged(
+    chosen: Sequence[Stage], x: Tensor, generators: Sequence[torch.Generator], draw: Draw
+) -> Iterator[Tensor]:
+    """The same picture by picture, as soon as the last upsampler has drawn them: of large pictures
+    only those are in memory that it takes together."""
+    x = enlarge(chosen[:-1], x, generators, draw)
+    chunk = together(chosen[-1].shape, x.device) if chosen else len(x)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw)

@@ -94,7 +94,7 @@ class DecoderTask:
             drop_image=drop(self.run, "image", ids, batch.images),
             drop_text=drop(self.run, "text", ids, batch.images),
         )
-        x0 = resize(batch.images, self.run.model.resolution)  # (B, 3, R, R)
+        x0 = resize(batch.images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         t, noise = draw(self.run, ids, x0)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
 
@@ -140,6 +140,8 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
         cache.check_fit(run.data.fit)
+        if not run.model.scale.normalizes:
+            cache.check_raw(clip)
         dataset = Tolerant(Joined(dataset, cache))
 
     def begin() -> None:
