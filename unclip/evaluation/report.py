@@ -12,7 +12,7 @@ from PIL import Image
 
 from unclip.evaluation.drawings import ROWS, Group
 from unclip.evaluation.evaluate import Evaluation
-from unclip.evaluation.scores import markdown_table
+from unclip.text import markdown_table
 
 SHOWN = 24  # captions of a group on the page
 Table = tuple[str, str, list[str], list[list[str]]]  # title, what it says, header, rows

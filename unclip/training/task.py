@@ -132,6 +132,14 @@ def drop(run: Any, what: str, ids: Tensor, like: Tensor) -> Tensor:
     return (randomness.uniform(run.train.seed, f"drop {what}", ids) < share).to(like.device)
 
 
+def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
+    """Raw image embeddings of a batch, made of its pictures if it brings none.
+
+    **Shapes**: → (B, D) float32.
+    """
+    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
+
+
 def sample_preview(
     stage: Stage, model: Any, cond: Cond, shape: tuple[int, ...], clip: FrozenCLIP | None
 ) -> Tensor:
