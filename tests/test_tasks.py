@@ -45,6 +45,7 @@ CONFIGS = sorted(
     for path in (ROOT / "configs").glob("*/*.yaml")
     if path.parent.name != "accelerate"  # those are accelerate's, not ours
 )
+BUILT_IN = ("emoji", "shapes")
 TINY = {
     "decoder": [
         "model.unet.channels=16",
@@ -83,6 +84,19 @@ def first_batch(run, **where):
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_shipped_configuration_loads(path):
     load_config(ROOT / path, [], schema(path))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name not in BUILT_IN], ids=str)
+def test_configurations_for_photographs_neither_pad_nor_enlarge_nor_always_degrade(path):
+    """Decoders learned letterboxes, and upsamplers never met a picture as sharp as those they were
+    given."""
+    run = load_config(ROOT / path, [], schema(path))
+    assert run.data.fit == "crop"
+    drawn = getattr(run.model, "high", getattr(run.model, "resolution", 0))
+    assert run.data.min_side == drawn
+    if isinstance(run, UpsamplerRun):
+        assert run.degraded == 0.5
+        assert run.degradation == "bsr" or run.blur_sigma == (0.4, 0.6)
 
 
 def test_all_stacks_are_there():
