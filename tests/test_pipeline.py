@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_tensor
-from unclip.models.layers import ScaleConfig
+from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.stages.resident import resident
@@ -227,11 +227,14 @@ def test_wrong_embeddings_are_refused(pipe):
 
 def test_unit_vectors_are_not_taken_for_raw_embeddings(pipe, monkeypatch):
     """LAION's are normalised. A Karlo, which does not normalise, drew noise from them."""
-    monkeypatch.setattr(FrozenCLIP, "norm", 10.3)
     unit = F.normalize(torch.randn(2, pipe.decoder.width), dim=-1)
     pipe.image_from_embedding(unit, size=16, steps=1)  # here only the direction counts
     monkeypatch.setattr(ScaleConfig, "normalizes", False)
-    with pytest.raises(DataError, match=r"norms are 1, .* about 10\.3; multiply them by that"):
+    with pytest.raises(DataError, match=r"norms are 1, .* about 4\.0; multiply"):  # the prior's
+        pipe.image_from_embedding(unit, size=16, steps=1)
+    monkeypatch.setattr(EmbeddingScale, "norm", None)
+    monkeypatch.setattr(FrozenCLIP, "norm", 10.3)
+    with pytest.raises(DataError, match=r"about 10\.3; multiply"):
         pipe.image_from_embedding(unit, size=16, steps=1)
     pipe.image_from_embedding(10 * unit, size=16, steps=1)
 
