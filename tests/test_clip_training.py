@@ -139,6 +139,7 @@ def test_training_learns_and_leaves_an_encoder(tmp_path: Path) -> None:
         "train.batch=32",
         "train.warmup=5",
         "train.log_every=4",
+        "train.precision=fp32",
         "train.save_every=40",
         "train.sample_every=40",
         "vocabulary=full",

@@ -121,15 +121,15 @@ def test_the_prior_learns_the_same_from_a_cache_as_from_pictures(
     model_folder: Path, tmp_path: Path
 ) -> None:
     clip = FrozenCLIP.load(str(model_folder))
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for i in range(8):
         shape = open_dataset("shapes:val", 16).get(i, generator(0, "", i))
         pixels = ((shape.image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(shape.caption)
-    dataset = open_dataset(str(pictures), 16)
-    plan = CachePlan(str(pictures), 16, 0, 1, 5, 8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(shape.caption)
+    dataset = open_dataset(str(folder), 16)
+    plan = CachePlan(str(folder), 16, 0, 1, 5, 8)
     begin_cache(tmp_path / "cache", clip, plan)
     write_cache(tmp_path / "cache", dataset, clip, plan)
     finish_cache(tmp_path / "cache")
@@ -137,7 +137,7 @@ def test_the_prior_learns_the_same_from_a_cache_as_from_pictures(
     task = PriorTask(run, clip)
     torch.nn.init.normal_(task.model.out.weight)
     losses = []
-    for source in (str(pictures), str(tmp_path / "cache")):
+    for source in (str(folder), str(tmp_path / "cache")):
         opened = open_dataset(source, 16, embeddings=True)
         batch = next(batches(opened, batch=8, seed=0))
         losses.append(task.loss(task.model.eval(), batch, 0)["loss"])
@@ -187,6 +187,73 @@ def test_pictures_find_their_embeddings_by_key(tmp_path: Path, clip: FrozenCLIP,
             assert_close(sample.z_image, clip.encode_image(sample.image[None])[0].float())
     with pytest.raises(DataError, match=r"0\.tar:007 has no embedding in .*cache"):
         fixed(joined, 7)
+
+
+def pictures(shard: Path, names: list[str], first: int = 0, form: int = tarfile.PAX_FORMAT) -> Path:
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard, "w", format=form) as tar:
+        for k, name in enumerate(names, first):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (k * 25 % 256, k * 70 % 256, 255 - k * 25)).save(file, "PNG")
+            for suffix, data in (("png", file.getvalue()), ("txt", f"number {k}".encode())):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return shard
+
+
+def embedded(root: Path, spec: str, clip: FrozenCLIP, keys: str = "ours") -> EmbeddingCache:
+    dataset = open_dataset(spec, 16)
+    plan = CachePlan(spec, 16, 0, 1, 100, len(dataset))
+    begin_cache(root, clip, plan)
+    write_cache(root, dataset, clip, plan)
+    finish_cache(root)
+    if keys != "ours":
+        path = root / "metadata" / "metadata_00000.parquet"
+        table = pq.read_table(path).to_pydict()
+        table["key"] = [key.rpartition(":")[2] for key in table["key"]]
+        pq.write_table(pa.table(table), path)
+        (root / "embeddings.json").unlink()
+    return EmbeddingCache(root)
+
+
+def all_their_own(joined: Joined, clip: FrozenCLIP) -> bool:
+    samples = [fixed(joined, k) for k in range(len(joined))]
+    z = torch.stack([sample.z_image for sample in samples if sample.z_image is not None])
+    own = clip.encode_image(torch.stack([sample.image for sample in samples])).float()
+    return bool(torch.allclose(z, own, rtol=1e-2, atol=1e-2))
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("stem", ["写真", "a" * 120, "x.v"])
+@pytest.mark.parametrize("keys", ["ours", "img2dataset's"])
+def test_names_that_no_header_holds_find_their_own_embeddings(
+    tmp_path: Path, clip: FrozenCLIP, form: int, stem: str, keys: str
+) -> None:
+    """All samples had one key, and trained with the embedding of the first."""
+    shard = pictures(tmp_path / "a.tar", [f"{stem}{k}" for k in range(8)], form=form)
+    cache = embedded(tmp_path / "cache", str(shard), clip, keys)
+    assert all_their_own(Joined(open_dataset(str(shard), 16), cache), clip)
+
+
+def test_keys_that_occur_in_two_shards_are_told_apart_or_refused(
+    tmp_path: Path, clip: FrozenCLIP
+) -> None:
+    """The second of two sets trained with the first one's embeddings."""
+    names = [f"{k:09}" for k in range(5)]
+    first, second = (pictures(tmp_path / s / "0.tar", names, n) for s, n in (("a", 0), ("b", 5)))
+    both = f"{tmp_path}/{{a,b}}/0.tar"
+    dataset = open_dataset(both, 16)
+    assert all_their_own(Joined(dataset, embedded(tmp_path / "ours", both, clip)), clip)
+    joined = Joined(dataset, embedded(tmp_path / "bare", both, clip, "img2dataset's"))
+    with pytest.raises(DataError, match=r"more than one picture is called 000000002"):
+        fixed(joined, 2)
+    half = embedded(tmp_path / "half", str(first), clip, "img2dataset's")
+    with pytest.raises(DataError, match="more than one picture is called 000000002"):
+        fixed(Joined(dataset, half), 7)
+    assert all_their_own(Joined(open_dataset(str(first), 16), half), clip)
+    with pytest.warns(UserWarning, match=r"was made of \S*a/0\.tar, not of \S*b/0\.tar"):
+        Joined(open_dataset(str(second), 16), embedded(tmp_path / "a's", str(first), clip))
 
 
 def test_one_folder_is_one_folder_by_whatever_path(
@@ -362,10 +429,12 @@ def test_keys_and_captions_are_mapped_from_one_file(
     cache = EmbeddingCache(root)
     assert held() <= before + 1
     assert pa.total_allocated_bytes() - anonymous < 10_000
-    for n in (0, 49, 50, 777, 1499):
+    for n in (1, 49, 51, 777, 1499):
         row = cache.get(n, torch.Generator())
-        assert (row.key, row.caption) == (f"k {n}", f"row {n}" if n % 10 else "")
+        assert (row.key, row.caption) == (f"k {n}", f"row {n}")
         assert row.z_image is not None and row.z_image.tolist() == [n] * 4
+    with pytest.raises(DataError, match=r"img_emb_\S*\.npy: row 50 of all has no caption"):
+        cache.get(50, torch.Generator())
     monkeypatch.setattr("unclip.data.metadata._convert", lambda *_: pytest.fail("made again"))
     assert EmbeddingCache(root).key(1499) == "k 1499"
     monkeypatch.undo()

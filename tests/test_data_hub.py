@@ -131,7 +131,7 @@ def test_columns_of_other_names_and_files_further_down(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), folder / "test-00000.parquet")
     with pytest.raises(DataError, match="name their column as"), pytest.warns():
         open_dataset(str(tmp_path / "d"), 8)
-    with pytest.warns(UserWarning, match="1 of 2 parquet files are called train"):
+    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
         dataset = open_dataset(str(tmp_path / "d"), 8, columns=Columns("prompt"))
     samples = [fixed(dataset, i) for i in range(len(dataset))]
     assert [(level_of(s.image), s.caption) for s in samples] == [(x, "a") for x in LEVELS[:3]]
@@ -159,3 +159,11 @@ def test_what_a_caption_may_be(tmp_path: Path, column: pa.Array, drawn: str) -> 
     assert fixed(dataset, 0).caption == drawn
     with pytest.warns(UserWarning, match="row 60 (has an empty caption|is not UTF-8)"):
         assert fixed(dataset, 60).caption == drawn
+
+
+def test_classes_are_called_by_their_names(tmp_path: Path) -> None:
+    kind = datasets.ClassLabel(names=["cat", "dog"])
+    table = datasets.Dataset.from_dict({"image": [png(1)] * 2, "label": [1, 0]})
+    table.cast_column("label", kind).to_parquet(tmp_path / "a.parquet")
+    dataset = open_dataset(str(tmp_path / "a.parquet"), 8, columns=Columns("label"))
+    assert [fixed(dataset, i).caption for i in range(2)] == ["dog", "cat"]

@@ -131,8 +131,9 @@ def test_names_in_tables_stay_inside_their_folder(folder: Path) -> None:
         with pytest.raises(DataError, match=r"1 of 1 rows (lead out of .* line 1 names|have no)"):
             open_dataset(str(path), 8)
     for name in ("link.png", "below/secret.png", "./000.jpg", "below/../000.jpg", "x/../000.jpg"):
-        path = table(folder, json.dumps({"file_name": name, "text": "x"}), name="a.jsonl")
-        assert read(path) == {name: "x"}
+        for called in (name, f"{folder}/{name}"):
+            path = table(folder, json.dumps({"file_name": called, "text": "x"}), name="a.jsonl")
+            assert read(path) == {os.path.normpath(name): "x"}
 
 
 def test_a_snapshot_of_the_hubs_cache_is_read(folder: Path, tmp_path: Path) -> None:
@@ -405,6 +406,15 @@ def test_columns_of_other_names(folder: Path) -> None:
         assert read(path, columns=Columns("title", "path")) == dict(ROWS)
         with pytest.raises(DataError, match=r"data\.caption|no caption in long"):
             open_dataset(str(path), 8, columns=Columns("long", "path"))
+
+
+def test_tables_may_lie_further_down(folder: Path) -> None:
+    for part in ("train", "validation"):
+        (folder / part).mkdir()
+        (folder / part / "a.jpg").write_bytes((folder / "000.jpg").read_bytes())
+        table(folder / part, '{"file_name": "a.jpg", "text": "x"}', name="metadata.jsonl")
+    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
+        assert read(folder) == {"train/a.jpg": "x"}
 
 
 def test_tables_that_are_none_are_named(folder: Path) -> None:

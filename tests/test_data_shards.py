@@ -225,6 +225,9 @@ def test_a_set_has_the_same_keys_from_wherever_it_is_named(
 
     for spec in ("d/a", "d/a/", f"{tmp_path}/d/a", "./d/../d/a/*.tar", "d/a/s-{00..00}.tar"):
         assert keys(spec) == ["s-00.tar:0000"]
+    odd = write(tmp_path / "d" / "x[1] {2..3}.tar", samples(0, 1))
+    assert keys(str(odd)) == ["x[1] {2..3}.tar:0000"]
+    odd.unlink()
     for spec in ("d", "d/*/*.tar", f"{tmp_path}/d/{{a,b}}/s-00.tar"):
         assert keys(spec) == ["a/s-00.tar:0000", "b/s-00.tar:0000"]
 

@@ -82,25 +82,30 @@ def test_five_per_cent_of_held_out_pictures_are_copies():
     assert copies(at_angles(0, 5, 7, 20), real, threshold) == 0.5
 
 
-def test_kernel_distance_of_gaussians_is_that_of_their_moments():
-    """(x y + 1)³ = Σ C(3, i) xⁱ yⁱ, so that the distance is Σ C(3, i) (E xⁱ - E yⁱ)²."""
-    x, y = normal(1500, 1), 1 + 0.5 * normal(1500, 1, seed=1)
-    moments = zip((1, 3, 3, 1), (1, 0, 1, 0), (1, 1, 1.25, 1.75), strict=True)
-    expected = sum(times * (a - b) ** 2 for times, a, b in moments)
-    assert kernel_distance(x, y) == pytest.approx(expected, rel=0.12)
-    assert kernel_distance(x, normal(1500, 1, seed=2)) == pytest.approx(0, abs=0.03)
+def test_kernel_distance_is_that_of_the_moments():
+    """(x·y + 1)³ = Σ C(3, i) ⟨x⊗ⁱ, y⊗ⁱ⟩, so that the distance is Σ C(3, i) |E x⊗ⁱ - E y⊗ⁱ|²."""
+    x = torch.nn.functional.normalize(normal(1500, 2), dim=1)  # all round
+    y = torch.nn.functional.normalize(normal(1500, 2, seed=1) + 1, dim=1)
+    angle = torch.atan2(y[:, 1], y[:, 0])
+    mean = y.mean(0).square().sum()
+    # Of the circle E x = 0, E x⊗² = I / 2, E x⊗³ = 0; the others by their Fourier coefficients.
+    second, third = (torch.stack([(k * angle).cos(), (k * angle).sin()]).mean(1) for k in (2, 3))
+    expected = 3 * mean + 3 * second.square().sum() / 2
+    expected += third.square().sum() / 4 + 3 * mean / 4
+    assert kernel_distance(x, y) == pytest.approx(float(expected), rel=0.1)
+    assert kernel_distance(3 * x, 5 * y) == pytest.approx(kernel_distance(x, y))
+    assert kernel_distance(x, normal(1500, 2, seed=2)) == pytest.approx(0, abs=0.01)
 
 
 def test_kernel_distance_has_no_bias():
     """Of pairs of small samples of one distribution, as many are below zero as above."""
-    distances = [
-        kernel_distance(normal(6, 2, seed=k), normal(6, 2, seed=k + 500)) for k in range(300)
-    ]
+    pairs = [(normal(6, 2, seed=k), normal(6, 2, seed=k + 500)) for k in range(300)]
+    distances = [kernel_distance(x, y) for x, y in pairs]
     mean, deviation = torch.tensor(distances).mean(), torch.tensor(distances).std()
     assert abs(mean) < 3 * deviation / math.sqrt(300)
-    # Two points each, by hand: k(0, 1) = 1, k(1, 1) = 8, k(2, 2) = 125, k(1, 2) = 27, k(0, 2) = 1.
-    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
-    assert kernel_distance(x, y) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
+    # By hand: k is 8 at 0°, 1 at 90°, 0 at 180°, and a row is not compared with itself.
+    assert kernel_distance(at_angles(0, 90), at_angles(0, 0)) == pytest.approx(1 + 8 - 2 * 18 / 4)
+    assert kernel_distance(at_angles(0, 180), at_angles(90, 90)) == pytest.approx(0 + 8 - 2 * 1)
 
 
 def root(matrix: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def parameters(model: nn.Module) -> int:
         ("dalle2/prior.yaml", "", 1.23e9, 1.23e9),
         ("dalle2/decoder.yaml", "unet", 2.24e9, 2.24e9),
         ("dalle2/decoder.yaml", "", 3.5e9, 3.5e9),
-        ("dalle2/upsampler_256.yaml", "", 692e6, 692e6),
-        ("dalle2/upsampler_1024.yaml", "", 267e6, 282e6),
+        ("dalle2/upsampler_256.yaml", "", 700e6, 730e6),
+        ("dalle2/upsampler_1024.yaml", "", 282e6, 300e6),
     ],
 )
 def test_paper_sizes_are_reached_within_two_percent(
@@ -85,6 +85,13 @@ def test_paper_training_is_table_3(
     assert run.diffusion.schedule == ("linear" if name == "upsampler_1024" else "cosine")
     if dropout is not None:
         assert run.model.unet.dropout == dropout
+
+
+def test_the_papers_networks_are_told_what_glides_and_adms_are() -> None:
+    """The decoder's time embedding had no pooled text, the upsamplers' did not scale."""
+    assert build("dalle2/decoder.yaml")[0].model.text_embed
+    for name in ("decoder", "upsampler_256", "upsampler_1024"):
+        assert build(f"dalle2/{name}.yaml")[0].model.unet.scale_shift
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_256", "upsampler_1024"])

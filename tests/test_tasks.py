@@ -25,6 +25,7 @@ from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.training.ar_prior import ArPriorRun
 from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
@@ -37,6 +38,7 @@ SCHEMAS = {
     "clip": ClipRun,
     "judge": ClipRun,
     "prior": PriorRun,
+    "ar": ArPriorRun,
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
@@ -183,6 +185,36 @@ def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
     assert null.square().mean() < 0.1
 
 
+def test_a_draft_may_be_fitted_to_fewer_captions_than_embeddings_have_dimensions(
+    model_folder, monkeypatch
+):
+    """A singular value decomposition gives no more axes than there are captions."""
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_COUNT", 10)
+    monkeypatch.setattr("unclip.training.drafts.DRAFT_EPOCHS", 3)
+    run = tiny("prior", model_folder, "model.draft={width: 16}")
+    task, dataset = PriorTask(run, FrozenCLIP.load(run.clip)), open_dataset("shapes:val", 32)
+    fit_scale(task.stage.network.scale, task.clip, dataset)
+    fit_draft(task.stage.network, task.clip, dataset, seed=0)
+    drafted = task.stage.network.drafted(task.clip.encode_text(["a red circle"]).embed)
+    assert drafted.shape == (1, 16) and bool(drafted.isfinite().all())
+
+
+def test_a_decoder_draws_no_colours_beyond_black_and_white(model_folder):
+    """Pictures that bicubic had made smaller were targets with 5 % of their pixels beyond 1."""
+    run = tiny("decoder", model_folder, "data.resolution=48")
+    batch, seen = first_batch(run), []
+    assert resize(batch.images, run.model.resolution).abs().max() > 1.001
+
+    class Spy(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            return torch.zeros_like(x_t)
+
+    task = DecoderTask(run, FrozenCLIP.load(run.clip))
+    task.stage.diffusion.loss = lambda model, x0, *_: seen.append(x0)
+    task.loss(Spy(), batch, 0)
+    assert seen[0].abs().max() <= 1
+
+
 def test_jitter_moves_training_embeddings_and_no_others(model_folder):
     run = tiny("decoder", model_folder, "jitter=0.5", "train.batch=200")
     task = DecoderTask(run, FrozenCLIP.load(run.clip))
@@ -291,6 +323,7 @@ def test_accelerate_launch_trains_a_decoder_on_two_processes(model_folder, tmp_p
         *("--num_processes", "2", "--main_process_port", "0", "train/decoder.py", str(config)),
         *("train.steps=2", f"train.out={out}", "train.log_every=1", "train.save_every=2"),
         "train.sample_every=100",
+        "train.precision=fp32",
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -63,15 +63,18 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def test_resumed_run_equals_an_uninterrupted_one_byte_for_byte(tmp_path: Path) -> None:
-    dropout = {"dropout": 0.3}
-    straight = run(config(tmp_path / "a", dropout, accumulate=2))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_an_uninterrupted_one_byte_for_byte(
+    tmp_path: Path, optimizer: str
+) -> None:
+    dropout, train = {"dropout": 0.3}, {"accumulate": 2, "optimizer": optimizer}
+    straight = run(config(tmp_path / "a", dropout, **train))
     with pytest.raises(RuntimeError, match="crash"):
-        run(config(tmp_path / "b", {**dropout, "crash_at": 7}, accumulate=2))
+        run(config(tmp_path / "b", {**dropout, "crash_at": 7}, **train))
     assert resolve_folder(tmp_path / "b").name == "step-5"
     (tmp_path / "b" / "config.yaml").write_text((tmp_path / "a" / "config.yaml").read_text())
     torch.manual_seed(99)
-    resumed = run(config(tmp_path / "b", dropout, accumulate=2))
+    resumed = run(config(tmp_path / "b", dropout, **train))
     assert straight.name == resumed.name == "step-12"
     assert_same_checkpoint(straight, resumed)
 
@@ -227,6 +230,19 @@ def test_steps_skipped_long_ago_are_forgotten(
     bad = {"bad_from": 0, "bad_every": 11}  # ten in any hundred
     last = run(config(tmp_path, bad, steps=140, save_every=70, log_every=70))
     assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40
+
+
+def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(tmp_path / "soon"))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("unclip.training.log.NEWS_EVERY", 0.0)
+    run(config(tmp_path / "late"))
+    said, drawn = capsys.readouterr()
+    steps = [line.partition(":")[0] for line in said.splitlines()]
+    assert steps == [f"step {step} of 12" for step in (4, 8, 12)]
+    assert f"loss {lines(tmp_path / 'late')[-1]['loss']:.4g}" in said and drawn == ""
 
 
 def test_entries_are_averaged_over_the_samples_that_have_them(tmp_path: Path) -> None:
@@ -436,6 +452,7 @@ def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> 
     assert_close(network.state_dict(), first.network.state_dict())
 
 
+@pytest.mark.bf16
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
     run(config(tmp_path / "a"))
     settings = config(tmp_path / "b", precision="bf16")

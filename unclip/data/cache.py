@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,14 +29,17 @@ from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
+from unclip.data.captions import clean, hash_of
+from unclip.data.folders import fixed_part
 from unclip.data.kept import check_open_files
-from unclip.data.metadata import Metadata, hash_of
+from unclip.data.metadata import Metadata
 from unclip.data.sample import Batch, Dataset, Sample
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.files.disk import read_json
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"
 PROBED = 256  # rows whose norms are looked at
+SAME = 0.02  # of its length, by which one picture's embeddings may differ
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
@@ -90,12 +94,19 @@ class EmbeddingCache:
 
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Row `index` with its one caption; the generator is not drawn from."""
+        z = self.embedding(index)
+        if not (caption := clean(self._metadata.caption(index))):
+            raise DataError(f"{self.place(index)}: row {index} of all has no caption", "no caption")
+        return Sample(None, caption, self.key(index), z)
+
+    def embedding(self, index: int) -> Tensor:
+        """That of one row. **Shapes**: → (D,). **Raises**: `DataError` if it isn't finite."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         z = self._row(index)
         if not bool(z.isfinite().all()):
             raise DataError(f"{self.place(index)}: row {index} of all is not finite", "not finite")
-        return Sample(None, self._metadata.caption(index), self.key(index), z)
+        return z
 
     def _row(self, index: int) -> Tensor:
         shard = bisect_right(self._ends, index)
@@ -154,28 +165,63 @@ class Joined:
 
     Its keys are those that the dataset gives, as `train/embed.py` writes them; shards of tar files
     may also stand there by any path that leads to them, as earlier versions wrote it, or not at all
-    as img2dataset does.
-    Of rows with one key, the first counts.
+    as img2dataset does. Of rows with one key the first counts, if they hold one embedding.
     """
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
         self.name, self.dataset, self.cache = dataset.name, dataset, cache
-        inner = getattr(dataset, "dataset", dataset)  # of a `Tolerant`
-        self._root = Path(getattr(inner, "root", ""))
+        self._root = Path(getattr(self._inner, "root", ""))
+        made = str(cache.index.get("data", self.name))
+        ours, theirs = (os.path.realpath(fixed_part(spec)) for spec in (self.name, made))
+        if not (ours.startswith(theirs) or theirs.startswith(ours)):
+            warnings.warn(
+                f"{cache.name} was made of {made}, not of {self.name}: embeddings are taken by the "
+                "names of samples, which is right only if the same data lie there",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def get(self, index: int, generator: torch.Generator) -> Sample:
-        """Picture `index` with its embedding. **Raises**: `DataError` if the cache has none."""
+        """Picture `index` with its embedding.
+
+        **Raises**: `DataError` if the cache has none, or it isn't clear which.
+        """
         sample = self.dataset.get(index, generator)
-        row = next(
-            (row for key in _spellings(sample.key, self._root) for row in self.cache.rows(key)),
-            None,
-        )
-        if row is None:
-            raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
-        return replace(sample, z_image=self.cache.get(row, generator).z_image)
+        for key in _spellings(sample.key, self._root):
+            if rows := list(self.cache.rows(key)):
+                return replace(sample, z_image=self._only(sample, key, rows))
+        raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
+
+    def _only(self, sample: Sample, key: str, rows: list[int]) -> Tensor:
+        """What all rows of a key hold."""
+        found = [self.cache.embedding(row) for row in rows]
+        z = found[0]
+        one = all((other - z).norm() <= SAME * z.norm() for other in found)
+        if not one or (key != sample.key and self._is_shared(key)):
+            raise DataError(
+                f"{sample.key}: more than one picture is called {key}, and {self.cache.name} does "
+                "not say of which its embedding is; write it anew with train/embed.py",
+                "ambiguous",
+            )
+        return z
+
+    @property
+    def _inner(self) -> Dataset:
+        """What a `Tolerant` is around."""
+        return getattr(self.dataset, "dataset", self.dataset)
+
+    @cached_property
+    def _shared(self) -> np.ndarray:
+        """Hashes of names that samples of several shards have: 8 bytes a sample for a moment."""
+        hashes = np.array(getattr(self._inner, "key_hashes", []), np.uint64)
+        hashes.sort()
+        return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+
+    def _is_shared(self, key: str) -> bool:
+        place = np.searchsorted(self._shared, np.uint64(hash_of(key)))
+        return bool(place < len(self._shared) and self._shared[place] == hash_of(key))
 
 
 def _spellings(key: str, root: Path) -> Iterator[str]:

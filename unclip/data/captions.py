@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ MARKS = {  # the longer ones first: UTF-16's begins UTF-32's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+HALF = re.compile(r"[\ud800-\udfff]")
 ESCAPED = re.compile(r"[\udc80-\udcff]")
 
 
@@ -53,13 +55,20 @@ def check_text(text: str, name: object) -> str:
 
 def clean(caption: str) -> str:
     """One line with single spaces; control characters are spaces, half surrogates become `�`."""
-    whole = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(CONTROL.sub(" ", whole).split())
+    if HALF.search(caption):
+        caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(CONTROL.sub(" ", caption).split())
 
 
 def printable(name: str) -> str:
     """A file's name as a key: what is not UTF-8 in it, written out."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def hash_of(key: str) -> int:
+    """64 bits that are the same in every process."""
+    data = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def read_captions(data: bytes, name: object) -> list[str]:

@@ -190,8 +190,12 @@ def data_folder() -> Path:
 @lru_cache(maxsize=4)
 def read_records(root: Path) -> list[dict[str, Any]]:
     """All records of `samples.jsonl.gz` in file order: key, set, style, name, keywords, split …"""
-    with gzip.open(root / "samples.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    path = root / "samples.jsonl.gz"
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def archive_path(root: Path, set_name: str) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from unclip.errors import DataError
 
-# Written by macOS, a NAS and Windows beside people's files, as much is that begins with a dot.
-NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+# What systems keep beside people's files, as they do much that begins with a dot.
+NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def is_hidden(name: str) -> bool:
@@ -44,6 +45,11 @@ def files_below(root: Path) -> list[Path]:
         below[:] = [name for name in below if is_new(os.path.join(folder, name))]
         found += [Path(folder, name) for name in files if not is_hidden(name)]
     return sorted(found)
+
+
+def fixed_part(pattern: str) -> str:
+    """What stands in a path before its first `*`, `?`, `[` or `{`."""
+    return re.split(r"[*?\[{]", pattern)[0]
 
 
 def with_suffix(paths: Sequence[Path], *suffixes: str) -> list[Path]:

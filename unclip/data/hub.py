@@ -38,6 +38,8 @@ class Rows:
                 f"data {name} has the columns {', '.join(names)}; expected captions in one of "
                 f"{columns.caption or ', '.join(KEYS)}: name their column as data.caption"
             )
+        kinds = {c: table.features[c] for c in captions}
+        self._classes = {c: kind.names for c, kind in kinds.items() if hasattr(kind, "names")}
         self._picture = _picture_column(name, table.features.arrow_schema, columns.image)
         wanted = list(dict.fromkeys([self._picture, *captions]))
         self._table = _undecoded(table, self._picture).select_columns(wanted)
@@ -58,6 +60,8 @@ class Rows:
             raise DataError(f"{label} is not UTF-8 text", "are not UTF-8") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{label} can't be read: {error}", "unreadable") from None
+        for column, names in self._classes.items():  # numbers that stand for words
+            row[column] = None if row[column] is None else names[row[column]]
         data = row[self._picture]
         data = data.get("bytes") if isinstance(data, dict) else data
         if not data:

@@ -23,7 +23,8 @@ T = TypeVar("T")
 def cache_folder(what: str) -> Path:
     """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
     chosen = os.environ.get("UNCLIP_CACHE")
-    return (Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "unclip") / what
+    kept = Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "unclip"
+    return kept / what
 
 
 def kept_at(folder: str, files: Sequence[Path], form: str, suffix: str) -> Path:

@@ -6,7 +6,6 @@ read where it lies.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from unclip.data.captions import hash_of
 from unclip.data.kept import check_open_files, kept_at, made_once
 from unclip.data.tables import arrow
 from unclip.errors import DataError
@@ -86,12 +86,6 @@ class Metadata:
         hashes = np.fromiter(map(hash_of, self.keys()), np.uint64, len(self._keys))
         rows = np.argsort(hashes, kind="stable")
         return np.stack([hashes[rows], rows.astype(np.uint64)])
-
-
-def hash_of(key: str) -> int:
-    """64 bits that are the same in every process."""
-    data = key.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def write_metadata(path: Path, keys: Sequence[str], captions: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def read_folder(root: Path, files: Sequence[Path]) -> list[Picture]:
     **Raises**: `DataError` when more than 5 % have none, or are in another format.
     """
     damage = Damage(str(root), "pictures")
-    texts = {path.with_suffix(""): path for path in reversed(with_suffix(files, ".txt"))}
+    texts = {path.with_suffix(""): path for path in with_suffix(files, ".txt")}
     images = with_suffix(files, *SUFFIXES)
     pictures = []
     for path in images:

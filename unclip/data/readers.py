@@ -11,11 +11,10 @@ import glob
 import os
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from unclip.data.captions import USUAL, Columns
-from unclip.data.folders import files_below, with_suffix
+from unclip.data.folders import files_below, fixed_part, with_suffix
 from unclip.data.hub import holds_pictures, open_parquet
 from unclip.data.pictures import Files, read_folder
 from unclip.data.sample import Dataset
@@ -25,6 +24,7 @@ from unclip.errors import DataError
 from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
+METADATA = [f"metadata{suffix}" for suffix in TABLES]
 
 
 def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
@@ -38,11 +38,13 @@ def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
         return _open_folder(spec, fit, columns)
     if path.is_file() and path.suffix.lower() in TABLES:
         return _open_table(spec, path, fit, columns)
-    parts = {part: _matches(part) for part in expand_braces(spec)}
+    literal = path.is_file()  # whatever signs are in its name
+    parts = {spec: [spec]} if literal else {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     missing = [part for part, names in parts.items() if not names]
     if found and all(shard.suffix.lower() == ".tar" for shard in found):
-        return Shards(spec, found, fit, _root(spec), missing, columns)
+        root = os.path.dirname(spec if literal else fixed_part(spec)) or "."
+        return Shards(spec, found, fit, Path(root), missing, columns)
     if found and all(table.suffix.lower() == ".parquet" for table in found):
         if missing:
             raise DataError(f"data {spec!r}: {missing[0]} is not there")
@@ -55,11 +57,10 @@ def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
 
 
 def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
-    """By what lies in it: a table called metadata, tar files, or in the folders below, too,
+    """By what lies in it: a table called metadata, tar files, or in the folders below, too, tables,
     pictures, parquet files that hold pictures, tar files."""
     root = Path(spec)
-    tables = [root / f"metadata{suffix}" for suffix in TABLES]
-    for table in filter(os.path.isfile, tables):
+    for table in filter(os.path.isfile, (root / name for name in METADATA)):
         return _open_table(spec, table, fit, columns)
     files = files_below(root)
     pictures, shards = with_suffix(files, *SUFFIXES), with_suffix(files, ".tar")
@@ -72,6 +73,9 @@ def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
         )
     if here:
         return Shards(spec, here, fit, root, columns=columns)
+    if tables := [path for path in files if path.name in METADATA[:2]]:
+        tables = _for_training(spec, root, tables)
+        return Files(spec, [p for t in tables for p in read_table(t, columns, root)], fit)
     if pictures:
         return Files(spec, read_folder(root, files), fit)
     if parquet := with_suffix(files, ".parquet"):
@@ -89,7 +93,7 @@ def _open_table(spec: str, table: Path, fit: Fit, columns: Columns) -> Dataset:
     return Files(spec, read_table(table, columns), fit)
 
 
-def _for_training(spec: str, root: Path, tables: Sequence[Path]) -> Sequence[Path]:
+def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
     """Where some files are called train, as in datasets of the hub, others are held out."""
     train = [
         path
@@ -98,17 +102,10 @@ def _for_training(spec: str, root: Path, tables: Sequence[Path]) -> Sequence[Pat
     ]
     if train and len(train) < len(tables):
         warnings.warn(
-            f"data {spec}: {len(train)} of {len(tables)} parquet files are called train; the "
-            "others are not read",
+            f"data {spec}: {len(train)} of {len(tables)} tables are called train, and read",
             stacklevel=5,
         )
     return train or tables
-
-
-def _root(spec: str) -> Path:
-    """The folder below which a pattern looks."""
-    fixed = re.split(r"[*?\[{]", spec)[0]
-    return Path(os.path.dirname(fixed) or ".")
 
 
 def expand_braces(text: str) -> list[str]:

@@ -84,6 +84,11 @@ class Shards:
         self._check(problems, lacking, len(shards) + len(missing))
 
     @property
+    def key_hashes(self) -> np.ndarray:
+        """`hash_of` each sample's name in its shard. **Shapes**: → (n,) uint64."""
+        return self._entries["key"]
+
+    @property
     def _texts(self) -> Sequence[str]:
         """Where captions are looked for: a column is a key of a .json."""
         return TEXTS if self.columns.caption is None else (".json",)

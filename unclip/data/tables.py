@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ SHOWN = 120  # characters of a bad row
 Row = tuple[str, Mapping[str, Any] | DataError]  # where it stands, and what it holds or why not
 
 
-def read_table(table: Path, columns: Columns) -> list[Picture]:
-    """The pictures that a table names, below its folder, with their captions.
+def read_table(table: Path, columns: Columns, below: Path | None = None) -> list[Picture]:
+    """The pictures that a table names, below its folder, with their captions; their keys are names
+    in that folder, or in one above it (`below`).
 
     **Raises**: `DataError` when more than 5 % of the rows can't be used, or it is no table.
     """
     root = os.path.abspath(table.parent)
     damage = Damage(str(table), "rows")
+    front = "" if below is None else printable(f"{table.parent.relative_to(below).as_posix()}/")
     pictures = []
     for place, row in _rows(table, columns):
         try:
-            pictures.append(_picture(root, place, row, columns))
+            picture = _picture(root, place, row, columns)
+            pictures.append(replace(picture, key=front + picture.key) if front else picture)
         except DataError as error:
             damage.add(error.kind, str(error))
     if not pictures and not damage.kinds:
@@ -57,7 +61,8 @@ def _picture(
             f"{place} has {has}", f"have no {column} (data.image names its column, if another)"
         )
     path = os.path.normpath(os.path.join(root, name))  # before any link is followed
-    if not path.startswith(root.rstrip("/") + "/"):
+    inside = root.rstrip("/") + "/"
+    if not path.startswith(inside):
         raise DataError(f"{place} names {name!r}", f"lead out of {root}")
     captions = captions_of(row, columns.caption, place)
     if not captions:
@@ -65,7 +70,7 @@ def _picture(
         raise DataError(f"{place}, {name}", f"have no caption in {which}")
     if not os.path.isfile(path):
         raise DataError(f"{place} names {name!r}", f"name files that are not in {root}")
-    return Picture(Path(path), captions, printable(name))
+    return Picture(Path(path), captions, printable(path.removeprefix(inside)))
 
 
 def _rows(table: Path, columns: Columns) -> Iterator[Row]:
@@ -106,7 +111,7 @@ def _csv_rows(table: Path, lines: Sequence[str], file_name: str) -> Iterator[Row
     heads = [_cells(lines[begin : begin + 1], delimiter) for delimiter in DELIMITERS]
     header, delimiter = max(zip(heads, DELIMITERS, strict=True), key=lambda head: len(head[0]))
     names = [name.strip() for name in header]
-    twice = [name for k, name in enumerate(names) if name in names[:k]]
+    twice = [name for k, name in enumerate(names) if name and name in names[:k]]
     if not names or twice:
         what = f"two columns called {twice[0]!r}" if twice else "no header"
         raise DataError(f"{table} has {what}: {_shown(''.join(lines[begin : begin + 1]))}")
@@ -160,19 +165,23 @@ def _parquet_rows(table: Path, columns: Columns) -> Iterator[Row]:
         names = (columns.image or FILE_NAME, *((columns.caption,) if columns.caption else KEYS))
         wanted = [name for name in names if name in file.schema_arrow.names]
         for part in file.iter_batches(columns=wanted):
-            for k in range(len(part)):
+            for row in _parquet_part(part):
                 number += 1
-                yield f"row {number}", _parquet_row(part.slice(k, 1), f"row {number}")
+                yield f"row {number}", row or DataError(f"row {number}", "are not UTF-8")
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{table} is not a whole parquet file: {error}") from None
 
 
-def _parquet_row(part: Any, place: str) -> Mapping[str, Any] | DataError:
+def _parquet_part(part: Any) -> Iterator[Mapping[str, Any] | None]:
+    """Its rows; none for one that isn't UTF-8, which no row of the part can then be read with."""
     try:
-        row: Mapping[str, Any] = part.to_pylist()[0]
+        yield from part.to_pylist()
     except UnicodeDecodeError:
-        return DataError(place, "are not UTF-8")
-    return row
+        for k in range(len(part)):
+            try:
+                yield part.slice(k, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
 
 
 def _shown(text: str) -> str:

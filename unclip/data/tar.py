@@ -6,7 +6,6 @@ that hold them whole, PAX's and GNU's too.
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import zlib
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from unclip.data.captions import printable
+from unclip.data.captions import hash_of, printable
 from unclip.data.folders import is_hidden
 from unclip.data.kept import check_open_files
 from unclip.images import SUFFIXES
@@ -26,7 +25,7 @@ BLOCK = 512  # of a tar file
 CHUNK = 2**20
 FORMAT = 2
 TEXTS = (".txt", ".json")
-# Offsets and lengths in bytes, `header` that of the headers before the image; `key` is `hash_key`;
+# Offsets and lengths in bytes, `header` that of the headers before the image; `hash_of` the key;
 # `form` and `text_form` are places in SUFFIXES and TEXTS.
 ENTRY = np.dtype(
     [
@@ -96,7 +95,7 @@ def index_shard(shard: Path, texts: Sequence[str] = TEXTS) -> ShardIndex:
             problem = f"is truncated or damaged after {end:,} of {size:,} bytes"
         entries = np.zeros(len(whole), ENTRY)
         for entry, (key, parts) in zip(entries, whole.items(), strict=True):
-            entry["key"] = hash_key(key)
+            entry["key"] = hash_of(printable(key))
             for what, form, forms in (("image", "form", SUFFIXES), ("text", "text_form", texts)):
                 suffix = parts.first(forms)
                 assert suffix is not None
@@ -134,12 +133,6 @@ def _sample_of(key: str) -> str:
     """The sample that `key` adds a part to, such as `000.mask` to `000`."""
     folder, slash, base = key.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def hash_key(key: str) -> int:
-    """64 bits of a sample's key, as the index holds them."""
-    data = printable(key).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _checksum(file: Any, offset: int, size: int) -> int:

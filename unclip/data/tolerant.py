@@ -55,9 +55,10 @@ class Tolerant:
         self.bad_places[place(index) if place is not None else self.name] += 1
         if self.bad > MAX_BAD * max(self.seen, min(len(self), 200)):
             worst = ", ".join(f"{name} ({n})" for name, n in self.bad_places.most_common(5))
+            seen = max(self.seen, self.bad)
             raise DataError(
-                f"{error}. {self.bad} of {self.seen} samples of {self.name} can't be used, most of "
-                f"them in {worst}"
+                f"{error}. {self.bad} of {seen} samples of {self.name} can't be used, most of them "
+                f"in {worst}"
             ) from None
 
     def _report(self, error: DataError) -> None:

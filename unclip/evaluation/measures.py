@@ -84,13 +84,15 @@ def copies(x: Tensor, real: Tensor, threshold: float) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy under the kernel (x·y / F + 1)³, without bias.
+    """Squared maximum mean discrepancy under the kernel (cos(x, y) + 1)³, without bias.
+
+    KID's kernel on features of unit length: as with neighbours, only directions count.
 
     **Shapes**: x (N, F), y (M, F), two rows or more each.
     **Source**: Bińkowski et al. 2018, "Demystifying MMD GANs", eq. 3 and 4.
     """
-    x, y = x.double(), y.double()
-    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    x, y = (F.normalize(a.double(), dim=1) for a in (x, y))
+    xx, yy, xy = ((a @ b.T + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
 
     def between(k: Tensor) -> Tensor:
         return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))

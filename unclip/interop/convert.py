@@ -116,6 +116,8 @@ def _to_karlo(root: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
             text, vision = to_transformers(clip)
     except ConfigError as error:
         problems.append(str(error))
+    if not chosen and clip is None:
+        problems.append(f"it has no place for {', '.join(found) or 'an empty folder'}")
     if problems:
         raise ConfigError(f"{root} can't be written in Karlo's layout: {'; '.join(problems)}")
     left_out = [name for name in found if name not in chosen]

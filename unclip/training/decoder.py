@@ -94,7 +94,7 @@ class DecoderTask:
             drop_image=drop(self.run, "image", ids, batch.images),
             drop_text=drop(self.run, "text", ids, batch.images),
         )
-        x0 = resize(batch.images, self.run.model.resolution)  # (B, 3, R, R)
+        x0 = resize(batch.images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         t, noise = draw(self.run, ids, x0)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
 

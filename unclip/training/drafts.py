@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip import randomness
@@ -13,12 +14,14 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import embeddings_of
 from unclip.data.sample import Batch, Dataset, fixed
 from unclip.images import resize
+from unclip.models.ar_prior import Quantizer
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
+QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
 DRAFT_WORDINGS = 32  # of one picture, at most
@@ -33,6 +36,13 @@ def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None
     """Measure what `whiten` needs on pictures spread evenly over the dataset."""
     if scale.config.kind == "whiten":
         scale.fit(torch.cat([z for z, _ in _embedded(clip, dataset, STATISTICS_COUNT)]))
+
+
+def fit_quantizer(quantizer: Quantizer, clip: FrozenCLIP, dataset: Dataset, seed: int) -> None:
+    """Measure a prior's components, their ranges and dot products, evenly over the data."""
+    count = min(QUANTIZER_COUNT, DRAFT_WORDINGS * len(dataset))
+    pairs = list(_paired(clip, dataset, seed, count))
+    quantizer.fit(torch.cat([z for z, _ in pairs]), torch.cat([z for _, z in pairs]))
 
 
 def fit_layout(
@@ -52,7 +62,7 @@ def fit_layout(
     assert layout is not None and config is not None
     device = layout.out.weight.device
     parts = [
-        (z, resize(batch.images.to(device), config.side).flatten(1))
+        (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
         for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
     ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
@@ -91,8 +101,9 @@ def fit_draft(
     null = scale(clip.null_text.embed.to(device))  # (1, D)
     text = scale(text)
     # Fitted where every direction counts alike, three times faster; the first layer then turns.
-    _, spread, axes = torch.linalg.svd(text, full_matrices=False)
-    spread = spread / len(text) ** 0.5
+    few = len(text) < text.shape[1]  # captions: in the other directions they don't differ
+    _, spread, axes = torch.linalg.svd(text, full_matrices=few)
+    spread = F.pad(spread, (0, len(axes) - len(spread))) / len(text) ** 0.5  # (D,)
     turn = axes / spread.clamp(min=DRAFT_FLOOR)[:, None]  # (D, D)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:

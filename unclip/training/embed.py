@@ -26,6 +26,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.cache import ARRAYS, INDEX, METADATA
+from unclip.data.captions import Columns
 from unclip.data.metadata import write_metadata
 from unclip.data.open import open_dataset
 from unclip.data.sample import Batch, Dataset, Sample, fixed
@@ -50,6 +51,8 @@ class CachePlan:
     rows: int  # of a shard
     total: int
     fit: str = "pad"  # of the pictures, as data.fit
+    caption: str | None = None  # its column and that of the pictures, as data.caption, data.image
+    image: str | None = None
 
     @property
     def shards(self) -> int:
@@ -174,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fit", choices=("pad", "middle"), default="pad", help="padded to squares, or their middle"
     )
+    parser.add_argument("--caption", help="the column of captions, as data.caption")
+    parser.add_argument("--image", help="the column of pictures, as data.image")
     parser.add_argument("--rounds", type=int, default=1, help="passes, each with other wordings")
     parser.add_argument("--rows", type=int, default=100_000, help="embeddings in a file")
     parser.add_argument("--batch", type=int, default=256)
@@ -189,11 +194,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_tf32(state.device)
         clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size
-        dataset = open_dataset(given.data, Fit(resolution, given.fit))
-        total = len(dataset) * given.rounds
+        columns = Columns(given.caption, given.image)
+        dataset = open_dataset(given.data, Fit(resolution, given.fit), columns=columns)
         plan = CachePlan(
-            given.data, resolution, given.seed, given.rounds, given.rows, total, given.fit
+            given.data,
+            resolution,
+            given.seed,
+            given.rounds,
+            given.rows,
+            total=len(dataset) * given.rounds,
+            fit=given.fit,
+            caption=given.caption,
+            image=given.image,
         )
+        total = plan.total
         with state.main_process_first():
             begin_cache(given.out, clip, plan)
         shown = state.is_main_process

@@ -33,6 +33,7 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
+from unclip.training.muon import MuonAdamW
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -53,7 +54,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     clip_grad: float | None = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -114,9 +115,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """AdamW; weight decay acts on matrices and kernels, not on gains and biases.
 
     `adamw8bit` keeps its moments in a byte each (Dettmers et al. 2021), those of small tensors
-    excepted.
+    excepted. `muon` is AdamW for gains and biases only (see `MuonAdamW`).
 
-    **Raises**: `ConfigError` if that is asked for without bitsandbytes, or of a sharded model.
+    **Raises**: `ConfigError` if the first is asked for without bitsandbytes, or either of a sharded
+    model.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -127,7 +129,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
     if any(isinstance(p, DTensor) for p in params):
-        raise ConfigError("train.optimizer = adamw8bit can't be shared out; use adamw")
+        raise ConfigError(f"train.optimizer = {config.optimizer} can't be shared out; use adamw")
+    if config.optimizer == "muon":
+        matrices, rest = (
+            [p for p in params if (p.ndim >= 2) == wanted] for wanted in (True, False)
+        )
+        return MuonAdamW(matrices, rest, config.lr, config.betas, config.eps, config.weight_decay)
     # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:

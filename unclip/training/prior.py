@@ -5,6 +5,7 @@ B batch, D CLIP embedding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,7 @@ class PriorTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
-        if self.run.data.val is None and is_cache(self.run.data.train):
-            return None  # no pictures to show
-        images, captions = self.shown.first(64)
-        z_image = self.clip.encode_image(images)
-        text = self.clip.encode_text(captions[:PREVIEWS])
-        z = model.scale.inverse(
-            sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
-        )
-        similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
-        near = similar.topk(min(4, len(images)), dim=1).indices
-        rows = [[k, *near[k].tolist()] for k in range(len(z))]
-        return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
+        return nearest_pictures(self.stage, model, self.run.data, self.shown, self.clip)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
@@ -107,14 +97,42 @@ class PriorTask:
         start_from(self.stage, path)
 
 
-def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
-    """Train the prior; the newest checkpoint's folder."""
+def nearest_pictures(
+    stage: Stage, model: Any, data: DataConfig, shown: Shown, clip: FrozenCLIP
+) -> Image.Image | None:
+    """Each row: a validation picture, then those nearest to what a prior makes of its caption."""
+    if data.val is None and is_cache(data.train):
+        return None  # no pictures to show
+    images, captions = shown.first(64)
+    z_image = clip.encode_image(images)
+    cond = Cond(text=clip.encode_text(captions[:PREVIEWS]))
+    z = replace(stage, network=model).embeddings(
+        sample_preview(stage, model, cond, stage.shape, clip)
+    )
+    similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
+    near = similar.topk(min(4, len(images)), dim=1).indices
+    rows = [[k, *near[k].tolist()] for k in range(len(z))]
+    return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
+
+
+def open_pairs(run: Any, accelerator: Accelerator, raw: bool = False) -> tuple[Dataset, FrozenCLIP]:
+    """What a prior learns from, pictures or a cache of their embeddings, and the encoder.
+
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if `raw` embeddings
+    are needed and it holds unit vectors.
+    """
     dataset = run.data.open(run.data.train, embeddings=True)
     clip = frozen_clip(run.clip, accelerator)
     if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
         dataset.dataset.check_encoder(clip, run.clip)
-        if not run.model.scale.normalizes:
+        if raw:
             dataset.dataset.check_raw(clip)
+    return dataset, clip
+
+
+def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
+    """Train the prior; the newest checkpoint's folder."""
+    dataset, clip = open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
     task = PriorTask(run, clip, dataset)
 
     def begin() -> None:

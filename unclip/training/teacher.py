@@ -24,7 +24,7 @@ from unclip.config import Config
 from unclip.data.kept import cache_folder
 from unclip.errors import ConfigError
 from unclip.files.disk import replacing
-from unclip.progress import progress_bar
+from unclip.progress import progress_bar, without_bars
 
 BATCH = 256  # texts at a time, of about one length
 
@@ -64,10 +64,12 @@ class Teacher:
         self, config: TeacherConfig, captions: Iterable[str], dtype: torch.dtype, seed: int
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         folder = _model_folder(config.model)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        with without_bars(logging):
+            model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
         self._model = model.eval().requires_grad_(False)
         self.width: int = model.config.hidden_size
         words = common_words(set(self._tokenizer.get_vocab()), config.words)
