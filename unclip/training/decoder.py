@@ -128,7 +128,8 @@ class DecoderTask:
             return cond
         sigma = self.run.jitter * randomness.uniform(seed, "jitter", ids)
         noise = randomness.normal(seed, "jittered", ids, z.shape[1:])
-        z = jittered(self.stage.network.scale, z, sigma.to(z.device), noise.to(z.device))
+        sigma, noise = (part.to(z.device, non_blocking=True) for part in (sigma, noise))
+        z = jittered(self.stage.network.scale, z, sigma, noise)
         return replace(cond, image_embed=z)
 
 

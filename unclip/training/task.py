@@ -123,13 +123,15 @@ def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tupl
     t = randomness.integers(seed, "t", ids, run.diffusion.steps)
     if noise is None:
         noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
-    return t.to(x0.device), noise.to(x0.device)
+    t, noise = (part.to(x0.device, non_blocking=True) for part in (t, noise))
+    return t, noise
 
 
 def drop(run: Any, what: str, ids: Tensor, like: Tensor) -> Tensor:
     """Which samples go without a condition. **Shapes**: (B,) → (B,) bool."""
     share = getattr(run.drop, what)
-    return (randomness.uniform(run.train.seed, f"drop {what}", ids) < share).to(like.device)
+    dropped = randomness.uniform(run.train.seed, f"drop {what}", ids) < share
+    return dropped.to(like.device, non_blocking=True)
 
 
 def sample_preview(
