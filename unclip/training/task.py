@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
+from unclip.clip.towers import Tokenizer, tokens
 from unclip.conditioning import Cond
 from unclip.config import Config, flat
 from unclip.data.open import DataConfig
@@ -115,6 +116,25 @@ def stream(
         pin=accelerator.device.type == "cuda",
         **({} if made is None else {"made": made}),
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Adds to a batch its samples' noise and its captions' tokens: work for a loader's workers,
+    which would else hold up an accelerator."""
+
+    seed: int
+    shape: tuple[int, ...] | None  # of one sample's noise
+    tokenizer: Tokenizer | None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """**Shapes**: noise (B, *shape), tokens (2, B, L)."""
+        if self.shape is not None:
+            noise = randomness.normal(self.seed, "noise", batch.ids, self.shape)
+            batch = replace(batch, noise=noise)
+        if self.tokenizer is not None:
+            batch = replace(batch, tokens=tokens(self.tokenizer, batch.captions))
+        return batch
 
 
 def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
