@@ -25,6 +25,7 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.prior import nearest_pictures, open_pairs
 from unclip.training.task import (
     DropConfig,
+    Prepared,
     Shown,
     check_widths,
     drop,
@@ -64,7 +65,7 @@ class ArPriorTask:
         """
         quantizer = self.stage.network.quantizer
         z_image = embeddings_of(self.clip, batch)
-        text = self.clip.encode_text(batch.captions)
+        text = self.clip.encode_text(batch.text)
         dot = quantizer.dot(z_image, text.embed)  # of the caption, though it may be dropped
         cond = Cond(text=text)
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", batch.ids, z_image))
@@ -95,4 +96,5 @@ def train_ar_prior(run: ArPriorRun, accelerator: Accelerator) -> Path:
     def begin() -> None:
         fit_quantizer(task.stage.network.quantizer, clip, dataset, run.train.seed)
 
-    return fit(task, stream(dataset, run, accelerator), run.train, run, accelerator, begin)
+    made = Prepared(run.train.seed, None, clip.towers.tokenizer)
+    return fit(task, stream(dataset, run, accelerator, made), run.train, run, accelerator, begin)
