@@ -33,10 +33,10 @@ from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import index_shard
 from unclip.errors import exit_on_error
-from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import to_pil
 from unclip.randomness import generator
+from unclip.text import markdown_table
 from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 
 SECONDS = 3.0  # for each measurement

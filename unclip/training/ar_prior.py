@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.cache import embeddings_of
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
@@ -24,7 +23,16 @@ from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 from unclip.training.drafts import fit_quantizer
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.prior import nearest_pictures, open_pairs
-from unclip.training.task import DropConfig, Prepared, Shown, check_widths, drop, start_from, stream
+from unclip.training.task import (
+    DropConfig,
+    Prepared,
+    Shown,
+    check_widths,
+    drop,
+    embeddings_of,
+    start_from,
+    stream,
+)
 
 
 class ArPriorRun(Config):

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.cache import EmbeddingCache, embeddings_of
+from unclip.data.cache import EmbeddingCache
 from unclip.data.open import DataConfig, is_cache
 from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
@@ -37,6 +37,7 @@ from unclip.training.task import (
     check_widths,
     draw,
     drop,
+    embeddings_of,
     frozen_clip,
     sample_preview,
     start_from,

@@ -154,6 +154,14 @@ def drop(run: Any, what: str, ids: Tensor, like: Tensor) -> Tensor:
     return dropped.to(like.device, non_blocking=True)
 
 
+def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
+    """Raw image embeddings of a batch, made of its pictures if it brings none.
+
+    **Shapes**: → (B, D) float32.
+    """
+    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
+
+
 def sample_preview(
     stage: Stage, model: Any, cond: Cond, shape: tuple[int, ...], clip: FrozenCLIP | None
 ) -> Tensor:
