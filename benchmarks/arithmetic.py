@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unclip.clip.towers import ClipConfig, build_clip
 from unclip.config import parse_config
-from unclip.evaluation.scores import markdown_table
+from unclip.text import markdown_table
 from unclip.training.counting import flop_counter, step_needs
 from unclip.training.plan import _checkpointing, _load
 

@@ -22,6 +22,7 @@ MARKS = {  # the longer ones first: UTF-16's begins UTF-32's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+HALF = re.compile(r"[\ud800-\udfff]")
 ESCAPED = re.compile(r"[\udc80-\udcff]")
 
 
@@ -54,8 +55,9 @@ def check_text(text: str, name: object) -> str:
 
 def clean(caption: str) -> str:
     """One line with single spaces; control characters are spaces, half surrogates become `�`."""
-    whole = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(CONTROL.sub(" ", whole).split())
+    if HALF.search(caption):
+        caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(CONTROL.sub(" ", caption).split())
 
 
 def printable(name: str) -> str:

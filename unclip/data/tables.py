@@ -33,12 +33,12 @@ def read_table(table: Path, columns: Columns, below: Path | None = None) -> list
     """
     root = os.path.abspath(table.parent)
     damage = Damage(str(table), "rows")
-    front = "" if below is None else f"{table.parent.relative_to(below).as_posix()}/"
+    front = "" if below is None else printable(f"{table.parent.relative_to(below).as_posix()}/")
     pictures = []
     for place, row in _rows(table, columns):
         try:
             picture = _picture(root, place, row, columns)
-            pictures.append(replace(picture, key=printable(front) + picture.key))
+            pictures.append(replace(picture, key=front + picture.key) if front else picture)
         except DataError as error:
             damage.add(error.kind, str(error))
     if not pictures and not damage.kinds:
@@ -61,7 +61,8 @@ def _picture(
             f"{place} has {has}", f"have no {column} (data.image names its column, if another)"
         )
     path = os.path.normpath(os.path.join(root, name))  # before any link is followed
-    if not path.startswith(root.rstrip("/") + "/"):
+    inside = root.rstrip("/") + "/"
+    if not path.startswith(inside):
         raise DataError(f"{place} names {name!r}", f"lead out of {root}")
     captions = captions_of(row, columns.caption, place)
     if not captions:
@@ -69,7 +70,7 @@ def _picture(
         raise DataError(f"{place}, {name}", f"have no caption in {which}")
     if not os.path.isfile(path):
         raise DataError(f"{place} names {name!r}", f"name files that are not in {root}")
-    return Picture(Path(path), captions, printable(os.path.relpath(path, root)))
+    return Picture(Path(path), captions, printable(path.removeprefix(inside)))
 
 
 def _rows(table: Path, columns: Columns) -> Iterator[Row]:

@@ -16,8 +16,8 @@ import torch
 from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.evaluation.scores import markdown_table
 from unclip.stages.kinds import kind_of_keys
+from unclip.text import markdown_table
 from unclip.training.ar_prior import ArPriorRun
 from unclip.training.counting import network_of, step_needs
 from unclip.training.decoder import DecoderRun
