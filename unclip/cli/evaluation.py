@@ -16,7 +16,7 @@ from unclip.cli.arguments import (
     Steps,
     by_stage,
 )
-from unclip.cli.shell import default_model, to_device, to_dtype
+from unclip.cli.shell import default_model, precision, to_device
 
 
 def evaluate(
@@ -50,7 +50,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("evaluation"),
     device: Device = "auto",
-    dtype: Precision = "fp32",
+    dtype: Precision = None,
 ) -> None:
     """Measure a model stage by stage against its data; writes report.json and report.html.
 
@@ -87,7 +87,8 @@ def evaluate(
         **asked,
     )
     weights = source.hash
-    pipe = UnCLIP.from_pretrained(source, to_device(device), to_dtype(dtype))
+    where = to_device(device)
+    pipe = UnCLIP.from_pretrained(source, where, precision(dtype, where))
     evaluation = measure(pipe, weights, request, out / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", evaluation.scores)
