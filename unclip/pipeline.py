@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
 from unclip.stages.upsampler import enlarged, route, way_up
 
+NOTES = 4  # prompts of a call that warnings name
 PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
 
 
@@ -155,13 +157,15 @@ class UnCLIP:
         **Shapes**: z_image (B, D). **Raises**: `ConfigError` for another width, `DataError` for
         numbers that are not finite.
         """
+        if z_image is None:
+            raise ConfigError("no embeddings; to make pictures of a text call text_to_image")
         return list(self.iterate(text, n, seed, z_image=z_image, **options))
 
     def variations(
         self, image: Picture | Sequence[Picture], n: int = 1, seed: int | None = 0, **options: Any
     ) -> list[Image.Image]:
         """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`."""
-        return list(self.iterate(n=n, seed=seed, image=image, **options))
+        return list(self.iterate(n=n, seed=seed, image=as_pictures(image), **options))
 
     def varied(self, options: Options) -> Options:
         """Options for variations: `eta` 1 where DDIM samples the decoder and none is given."""
@@ -280,8 +284,11 @@ class UnCLIP:
     def _prompts(self, prompts: Any) -> list[str]:
         """Prompts, with a warning where this model's encoder does not read all of them."""
         several = as_prompts(prompts)
-        for note in unread(several, self.clip.towers.tokenizer) if self.clip is not None else ():
+        notes = unread(several, self.clip.towers.tokenizer) if self.clip is not None else iter(())
+        for note in islice(notes, NOTES):
             warnings.warn(note, UnclipWarning, stacklevel=3)
+        if more := sum(1 for _ in notes):
+            warnings.warn(f"{more} more prompts are not read whole", UnclipWarning, stacklevel=3)
         return several
 
     def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
