@@ -43,6 +43,7 @@ FREE = {
     "schedule",
     "weight",
     "bias",
+    "time_power",
 }
 
 

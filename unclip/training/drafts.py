@@ -43,16 +43,19 @@ def fit_layout(
     seed: int,
     jitter: float = 0.0,
     autocast: Autocast = nullcontext,
+    moved: Callable[[Tensor, Tensor], Tensor] = lambda x, ids: x,
 ) -> None:
     """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
 
     It sees two hundred times as many pictures a second as through the U-Net, which goes on from
-    here. **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
+    here. `moved` is what training does to pictures with these numbers before they are encoded.
+    **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
     """
     layout = decoder.layout
     assert layout is not None
     parts = [
-        (z, resize(x, layout.side).clamp(-1, 1)) for z, x in _embedded(clip, dataset, LAYOUT_COUNT)
+        (z, resize(x, layout.side).clamp(-1, 1))
+        for z, x in _embedded(clip, dataset, LAYOUT_COUNT, moved)
     ]
     device = layout.out.weight.device  # not the encoder's before the run has begun
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
@@ -147,11 +150,17 @@ def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> 
     return scale.inverse(scale(z) + sigma[:, None] * noise)
 
 
-def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _embedded(
+    clip: FrozenCLIP,
+    dataset: Dataset,
+    count: int,
+    moved: Callable[[Tensor, Tensor], Tensor] = lambda x, ids: x,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings and pictures of at most about `count` samples, evenly over the dataset."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     for start in range(0, len(chosen), 64):
-        x = torch.stack([fixed(dataset, i).image for i in chosen[start : start + 64]])
+        ids = chosen[start : start + 64]
+        x = moved(torch.stack([fixed(dataset, i).image for i in ids]), torch.tensor(ids))
         yield as_embeddings(clip, x), x
 
 

@@ -76,7 +76,12 @@ def stream(
 def draw(run: Any, ids: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Timestep (B,) and noise (B, *) of each sample, by its global id."""
     seed = run.train.seed
-    t = randomness.integers(seed, "t", ids, run.diffusion.steps)
+    steps, power = run.diffusion.steps, run.diffusion.time_power
+    if power == 1:
+        t = randomness.integers(seed, "t", ids, steps)
+    else:
+        u = randomness.uniform(seed, "t", ids).double() ** (1 / power)
+        t = (u * steps).long().clamp(max=steps - 1)
     noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
     return t.to(x0.device), noise.to(x0.device)
 
