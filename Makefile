@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 PROMPT ?= a red apple
 MODEL ?= weights/emoji
 
-.PHONY: sample test test-slow lint learn clean
+.PHONY: sample test test-avx2 test-slow lint learn clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +18,14 @@ $(BIN)/.ready: pyproject.toml
 sample: $(BIN)/.ready
 	$(BIN)/python sample.py text "$(PROMPT)" --model $(MODEL) --out out
 
+# In as many processes as there are cores, one thread each.
 test: $(BIN)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# What computes in bf16, on a CPU that has no units for it, or is told so.
+test-avx2: $(BIN)/.ready
+	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	$(BIN)/python -m pytest -n auto -m "bf16 and not slow"
 
 test-slow: $(BIN)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -23,17 +23,18 @@ import torch
 from machine import MB, memory, reset_peak
 
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import CachePlan, EmbeddingCache, begin_cache, finish_cache, write_cache
+from unclip.data.cache import EmbeddingCache
 from unclip.data.degradations import bsr
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import index_shard
 from unclip.errors import exit_on_error
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import to_pil
 from unclip.randomness import generator
+from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 
 SECONDS = 3.0  # for each measurement
 
@@ -115,7 +116,7 @@ def measure_many(root: Path, rows: int) -> dict[str, float]:
         os.link(shard, root / "many" / f"{number:04}.tar")
     with (
         patch.dict(os.environ, UNCLIP_CACHE=str(root / "indexes")),
-        patch("unclip.data.shards.index_shard", lambda path: index),
+        patch("unclip.data.shards.index_shard", lambda *_: index),
     ):
         open_dataset(str(root / "many"), 8)  # writes the indexes
         before, began = memory("VmRSS"), time.perf_counter()

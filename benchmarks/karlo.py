@@ -30,7 +30,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unclip.errors import exit_on_error
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.interop.encoder import write_tokenizer
 from unclip.pipeline import UnCLIP

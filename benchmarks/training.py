@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from unclip.data.open import open_dataset
 from unclip.data.sample import Batch
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import exit_on_error
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.precision import resolve_precision
 from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.plan import flop_counter
-from unclip.training.precision import resolve_precision
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
@@ -111,10 +112,10 @@ def work(name: str, batch: int, precision: str) -> None:
         count = run.train.batch
         side, captions = run.data.crop or run.data.resolution, [CAPTION] * count
     images = 2 * torch.rand(count, 3, side, side) - 1
-    ready = Batch(images, captions, torch.arange(count), [""] * count)
+    ready = Batch(captions, torch.arange(count), images)
     if isinstance(task, UpsamplerTask):
-        low = resize(resize(images, side * task.run.model.low // task.run.model.high), side)
-        task.low_resolution = lambda images, ids: low  # type: ignore[method-assign]
+        low = resize(images, side * task.run.model.low // task.run.model.high)
+        ready = replace(ready, low_res=low)
     with flop_counter() as counter, torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
         task.loss(task.model, ready, 0)["loss"].mean().backward()
     task.model.zero_grad()

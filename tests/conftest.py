@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,12 @@ def tiny_pipeline(seed: int = 0) -> UnCLIP:
     clip = tiny_clip(seed)
     upsamplers = [tiny_upsampler(32), tiny_upsampler(64)]
     return UnCLIP(clip, tiny_prior(clip), tiny_decoder(clip), upsamplers)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many processes as cores that we may use; pytest-xdist itself asks for physical ones."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from processes import script, together
 from torch import Tensor
 
 from unclip.clip.contrastive import contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
-from unclip.training.clip import ClipRun, drop_words, place
+from unclip.data.open import open_dataset
+from unclip.training.clip import ClipRun, ClipTask, drop_words, place
 
 ROOT = Path(__file__).parents[1]
-TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist
-from unclip.clip.contrastive import contrastive_loss
-dist.init_process_group("gloo")
-rank, data = dist.get_rank(), torch.load(sys.argv[1], weights_only=True)
-mine = slice(rank * 4, rank * 4 + 4)
-weight = data["weight"].requires_grad_()
-z = torch.nn.functional.normalize(data["image"][mine] @ weight, dim=-1)
-loss = contrastive_loss(z, data["text"][mine], data["ids"][mine], torch.tensor(5.0))["loss"]
-loss.mean().backward()
-dist.all_reduce(weight.grad)  # DDP's mean over processes
-parts = [torch.empty(4) for _ in range(2)]
-dist.all_gather(parts, loss.detach())
-if rank == 0:
-    torch.save({"loss": torch.cat(parts), "grad": weight.grad / 2}, sys.argv[2])
-dist.destroy_process_group()
-"""
 
 
 def unit(seed: int, n: int = 8, width: int = 5) -> Tensor:
@@ -68,21 +51,29 @@ def test_equal_captions_are_no_negatives() -> None:
     torch.testing.assert_close(both[0], alone[0])
 
 
+def one_of_two(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    data = torch.load(folder / "in.pt", weights_only=True)
+    mine = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+    weight = data["weight"].requires_grad_()
+    z = F.normalize(data["image"][mine] @ weight, dim=-1)
+    loss = contrastive_loss(z, data["text"][mine], data["ids"][mine], torch.tensor(5.0))["loss"]
+    loss.mean().backward()
+    dist.all_reduce(weight.grad)  # DDP's mean over processes
+    parts = [torch.empty(4) for _ in range(2)]
+    dist.all_gather(parts, loss.detach())
+    if dist.get_rank() == 0:
+        torch.save({"loss": torch.cat(parts), "grad": weight.grad / 2}, folder / "out.pt")
+    dist.destroy_process_group()
+
+
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     image = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
     ids = torch.tensor([0, 1, 2, 3, 4, 0, 6, 7])[:, None]  # the equal captions are apart
     torch.save({"image": image, "text": unit(1), "ids": ids, "weight": weight}, tmp_path / "in.pt")
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, script, tmp_path / "in.pt", tmp_path / "out.pt"],
-        check=True,
-        timeout=100,
-        cwd=ROOT,
-        env=environment(),
-    )
+    together(one_of_two, tmp_path)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     weight.requires_grad_()
     z = F.normalize(image @ weight, dim=-1)
@@ -92,8 +83,18 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     torch.testing.assert_close(found["grad"], weight.grad)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_a_large_validation_set_is_shown_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of 6,000 pictures took 650 MB and became a PNG of 18,000 pixels a side."""
+    monkeypatch.setattr("unclip.training.clip.MOST_SHOWN", 20)
+    more = [f"train.out={tmp_path}", "vocabulary=full", "model.vision_cfg.layers=1"]
+    config = load_config(ROOT / "configs" / "shapes" / "clip.yaml", more, ClipRun)
+    val = open_dataset("shapes:val", 32)  # 512
+    task = ClipTask(config, val, val)
+    shown = task.preview(task.model)
+    assert shown is not None and shown.size == (60, 60)
+    assert json.loads((tmp_path / "val.jsonl").read_text())["n"] == 20
 
 
 def test_retrieval_rank_counts_better_captions() -> None:
@@ -137,14 +138,14 @@ def test_training_learns_and_leaves_an_encoder(tmp_path: Path) -> None:
         "train.batch=32",
         "train.warmup=5",
         "train.log_every=4",
+        "train.precision=fp32",
         "train.save_every=40",
         "train.sample_every=40",
         "vocabulary=full",
         "model.text_cfg.layers=1",
         "model.vision_cfg.layers=1",
     ]
-    command = [sys.executable, "train/clip.py", "configs/shapes/clip.yaml", *overrides]
-    subprocess.run(command, check=True, timeout=200, cwd=ROOT, env=environment())
+    together(script, "train/clip.py", "configs/shapes/clip.yaml", *overrides, processes=1)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0] - 0.7

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError
 
-from unclip.config import Config, load_config, parse_config, read_yaml, save_config
+from unclip.config import Config, Place, load_config, parse_config, read_yaml, save_config
 from unclip.errors import ConfigError
 
 
@@ -21,6 +21,8 @@ class Inner(Config):
     decay: Literal["constant", "cosine"] = "cosine"
     clip: float | None = 1.0
     fast: bool = False
+    place: Place | None = None
+    sizes: list[int] | int = 1
 
 
 class Outer(Config):
@@ -77,8 +79,44 @@ def test_dotted_overrides_replace_and_add(tmp_path: Path) -> None:
     assert config.second == Inner(lr=2.0)
 
 
-def test_override_may_contain_equals_and_spaces(tmp_path: Path) -> None:
-    assert load(tmp_path, "train: {lr: 1}", "train.label=a=b c").train.label == "a=b c"
+@pytest.mark.parametrize(
+    "text",
+    ["a=b c", "D/exp #2", "{a..b}.tar", "*.tar", "0012", "2026-05-01", "[x", "~", "true", "'q'"],
+)
+def test_an_override_of_text_is_taken_to_its_end(tmp_path: Path, text: str) -> None:
+    """Overrides were YAML: `train.out=runs/x #2` wrote into runs/x, beside another's files."""
+    assert load(tmp_path, "train: {lr: 1}", f"train.label={text}").train.label == text
+
+
+def test_an_override_of_text_that_may_be_absent_can_say_so(tmp_path: Path) -> None:
+    text = "train: {lr: 1, place: here}"
+    assert load(tmp_path, text).train.place == "here"
+    assert load(tmp_path, text, "train.place=null").train.place is None
+    assert load(tmp_path, text, "train.place=").train.place is None
+    assert load(tmp_path, text, "train.place=1 #2").train.place == "1 #2"
+
+
+def test_a_place_begins_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.out=~/run` made a folder named `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(tmp_path, "train: {lr: 1, place: ~/a}", "second.lr=1", "second.place=~/b")
+    assert config.train.place == str(tmp_path / "a")
+    assert config.second is not None and config.second.place == str(tmp_path / "b")
+
+
+def test_numbers_and_dates_mean_what_they_say(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1:30 as ninety, 0012 as ten, and dates as no string at all."""
+    assert load(tmp_path, "train: {lr: 1, label: 2020-01-01}").train.label == "2020-01-01"
+    assert load(tmp_path, "train: {lr: 1, label: 0012}").train.label == "0012"
+    assert load(tmp_path, "train: {lr: 1, label: =}").train.label == "="
+    assert load(tmp_path, "train: {lr: 1, steps: 20_000}").train.steps == 20_000
+    assert load(tmp_path, "train: {lr: 1}", "train.sizes=[1, 2]").train.sizes == [1, 2]
+
+
+def test_sections_of_an_anchor_may_share_keys(tmp_path: Path) -> None:
+    text = "train: &a {lr: 1, steps: 3}\nsecond: &b {<<: *a, steps: 4}\nparts: [{<<: *b, lr: 2}]"
+    config = load(tmp_path, text)
+    assert config.parts[0].steps == 4 and config.parts[0].lr == 2
 
 
 @pytest.mark.parametrize(
@@ -102,10 +140,17 @@ def test_override_may_contain_equals_and_spaces(tmp_path: Path) -> None:
         ("train: {lr: 1}", [".lr=1"], "must look like section.key=value"),
         ("train: {lr: 1}", ["train.lr.x=1"], "train.lr is not a section"),
         ("train: {lr: 1}", ["train.lr=[1"], "not a YAML value"),
+        ("train: {lr: 1}", ["train.steps=5 #2"], "train.steps = '5 #2'"),
+        ("train: {lr: 1}", ["train.steps=1:30"], "train.steps = '1:30'"),
+        ("train: {lr: 1}", ["train.steps=0012"], "train.steps = '0012'"),
+        ("train: {lr: 1}", ["train.label=a", "train.label=b"], "train.label is given twice"),
+        ("train: {lr: 1}", ["train.lr=2", "train={steps: 3}"], "train.lr is given twice"),
+        ("train: {lr: 1}", ["train.label=caf\udce9"], "UTF-8"),
+        ("train: {lr: 1, lr: 2}", [], "'lr' is given twice"),
         ("train: [", [], "not valid YAML"),
         ("- 1", [], "must hold sections"),
         ("", [], "must hold sections"),
-        ("train: {lr: 1, label: 2020-01-01}", [], "plain numbers, strings and lists"),
+        ("train: {lr: 1, label: !!timestamp 2020-01-01}", [], "plain numbers, strings and lists"),
         ("train: !!python/object/apply:os.getcwd []", [], "not valid YAML"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data.captions import Columns
 from unclip.data.open import open_dataset
 from unclip.data.sample import fixed
 from unclip.errors import DataError
@@ -98,6 +99,7 @@ def test_a_bad_row_has_another_stand_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("FOLDER/two.parquet", "expected one with pictures (encoded, not their names), not a and"),
         ("hf:absent/name", "data 'hf:absent/name' can't be loaded: "),
         ("hf:FOLDER:val", 'can\'t be loaded: Unknown split "val"'),
         ("FOLDER/names.parquet", "has the columns picture, text; expected one with pictures"),
@@ -108,7 +110,60 @@ def test_a_bad_row_has_another_stand_for_it(tmp_path: Path) -> None:
 def test_what_can_not_be_used_is_an_error(tmp_path: Path, spec: str, message: str) -> None:
     folder = hub_style(tmp_path / "d")
     pq.write_table(pa.table({"picture": ["a.png"], "text": ["x"]}), folder / "names.parquet")
+    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"], "text": ["z"]}), folder / "two.parquet")
     (folder / "torn.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError) as raised:
         open_dataset(spec.replace("FOLDER", str(folder)), 8)
     assert message in str(raised.value)
+
+
+def test_columns_of_other_names_and_files_further_down(tmp_path: Path) -> None:
+    """Of a dataset of the hub that was fetched file by file; what is held out is not trained on."""
+    folder = tmp_path / "d" / "en" / "data"
+    folder.mkdir(parents=True)
+    columns = {
+        "mask": [png(0)] * 3,
+        "image": [png(level) for level in LEVELS[:3]],
+        "prompt": ["a"] * 3,
+        "file_name": ["x.png"] * 3,
+    }
+    pq.write_table(pa.table(columns), folder / "train-00000.parquet")
+    pq.write_table(pa.table(columns), folder / "test-00000.parquet")
+    with pytest.raises(DataError, match="name their column as"), pytest.warns():
+        open_dataset(str(tmp_path / "d"), 8)
+    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
+        dataset = open_dataset(str(tmp_path / "d"), 8, columns=Columns("prompt"))
+    samples = [fixed(dataset, i) for i in range(len(dataset))]
+    assert [(level_of(s.image), s.caption) for s in samples] == [(x, "a") for x in LEVELS[:3]]
+    assert samples[0].key == "row 0"
+    file = str(folder / "test-00000.parquet")
+    assert level_of(fixed(open_dataset(file, 8, columns=Columns("prompt", "mask")), 1).image) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "drawn"),
+    [
+        (pa.array(["a  b", None, ""]), "a b"),
+        (pa.array([7, None, 0]), "7"),
+        (pa.array([0.5, float("nan"), None]), "0.5"),
+        (pa.array([["", "x"], [], [None]]), "x"),
+        (pa.array([b"bytes", b"caf\xe9", b""]), "bytes"),
+        (pa.StringArray.from_buffers(2, *pa.array([b"fine", b"caf\xe9"]).buffers()[1:]), "fine"),
+    ],
+)
+def test_what_a_caption_may_be(tmp_path: Path, column: pa.Array, drawn: str) -> None:
+    """A number was a traceback, and so were bytes that aren't UTF-8."""
+    text = pa.concat_arrays([column.slice(0, 1)] * 60 + [column.slice(1, 1)])
+    pq.write_table(pa.table({"image": [png(9)] * 61, "text": text}), tmp_path / "a.parquet")
+    dataset = open_dataset(str(tmp_path / "a.parquet"), 8)
+    assert fixed(dataset, 0).caption == drawn
+    with pytest.warns(UserWarning, match="row 60 (has an empty caption|is not UTF-8)"):
+        assert fixed(dataset, 60).caption == drawn
+
+
+def test_classes_are_called_by_their_names(tmp_path: Path) -> None:
+    kind = datasets.ClassLabel(names=["cat", "dog"])
+    table = datasets.Dataset.from_dict({"image": [png(1)] * 2, "label": [1, 0]})
+    table.cast_column("label", kind).to_parquet(tmp_path / "a.parquet")
+    dataset = open_dataset(str(tmp_path / "a.parquet"), 8, columns=Columns("label"))
+    assert [fixed(dataset, i).caption for i in range(2)] == ["dog", "cat"]

@@ -267,3 +267,43 @@ def test_resize_keeps_the_mean_and_a_grid_holds_every_picture() -> None:
     sheet = images.grid(pictures, 3, ["a caption that is long"] * 5)
     assert sheet.size == (3 * 14 + 4, 2 * 44 + 4)
     assert sheet.getpixel((4 + 14 + 5, 4 + 44 + 5)) == (4, 0, 0)
+
+
+def _steps(width: int, height: int) -> Image.Image:
+    """Column k has the red level k."""
+    levels = np.zeros((height, width, 3), np.uint8)
+    levels[:, :, 0] = np.arange(width)
+    return Image.fromarray(levels)
+
+
+def test_a_photograph_is_cut_where_it_would_be_padded(tmp_path: Path) -> None:
+    """Padding was the only way to make a square: decoders learned letterboxes."""
+    _steps(90, 30).save(tmp_path / "a.png")
+    read = {how: images.Fit(30, how).read(tmp_path / "a.png") for how in ("pad", "crop", "middle")}
+    assert [tuple(x.shape) for x in read.values()] == [(3, 30, 30), (3, 30, 90), (3, 30, 30)]
+    assert all(x.dtype == torch.uint8 for x in read.values())
+    assert (read["pad"][:, 0] == 255).all() and not (read["crop"][1] == 255).any()
+    assert read["middle"][0, 0].tolist() == list(range(30, 60))
+    places = {
+        int(images.crop(read["crop"], 30, torch.Generator().manual_seed(k))[0, 0, 0])
+        for k in range(200)
+    }
+    assert min(places) <= 2 and max(places) >= 58 and len(places) > 40
+    tall = images.fit_shorter(_steps(40, 100), 20)
+    assert tall.size == (20, 50)
+
+
+def test_a_ribbon_does_not_grow_beyond_the_limit() -> None:
+    with pytest.raises(DataError, match="resized to 64 has more pixels than the limit"):
+        images.fit_shorter(Image.new("RGB", (20_000, 1)), 64)
+
+
+def test_a_narrow_picture_is_refused_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pictures were enlarged, so that upsamplers learned blur."""
+    _steps(90, 30).save(tmp_path / "a.png")
+    assert images.Fit(64, min_side=30).read(tmp_path / "a.png").shape == (3, 64, 64)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=r"a\.png is 90 x 30, narrower than data.min_side = 31"):
+        images.Fit(64, min_side=31).read(tmp_path / "a.png")

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
+import resource
 import tarfile
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from unclip.data import shards as shards_module
+from unclip.data.captions import Columns
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Dataset
-from unclip.data.shards import ENTRY, Shards, read_index
+from unclip.data.shards import Shards, read_index
+from unclip.data.tar import ENTRY
 from unclip.errors import DataError
+from unclip.images import Fit
 
 ANY = torch.Generator()
 
@@ -37,9 +47,13 @@ def encode(level: int, form: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def write(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+def write(
+    path: Path,
+    members: dict[str, bytes] | list[tuple[str, bytes]],
+    form: int = tarfile.PAX_FORMAT,
+) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -88,7 +102,143 @@ def test_shards_by_folder_pattern_and_braces(tmp_path: Path) -> None:
         assert captions(open_dataset(str(spec), 8)) == ["one", "two", "drei ü"]
     one = open_dataset(str(tmp_path / "s-08.tar"), 8).get(0, ANY)
     assert one.image[:, 4, 4].tolist() == [1, -1, -1]
-    assert one.key == f"{tmp_path / 's-08.tar'}:d/1"
+    assert one.key == "s-08.tar:d/1"
+
+
+FUZZ = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+WORD = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), max_size=20)
+NAME = st.one_of(
+    st.tuples(st.sampled_from(["a", "写真", "caf\udce9", "x.y"]), WORD).map("".join),
+    st.integers(0, 30).map(lambda n: "long" * 30 + str(n)),
+    st.integers(0, 30).map(lambda n: f"deep/{'er/' * 60}{n}.v1"),
+)
+
+
+@FUZZ
+@given(
+    keys=st.lists(NAME, unique=True, min_size=1, max_size=6),
+    form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+    front=st.sampled_from(["", "./", "d/"]),
+)
+def test_every_sample_has_the_name_that_it_was_given(
+    tmp_path: Path, keys: list[str], form: int, front: str
+) -> None:
+    """Headers cut names at 100 bytes, or write ? for what isn't ASCII; the whole name stands in a
+    header before. Samples of one key got one embedding."""
+    members = [
+        (f"{front}{key}{suffix}", data)
+        for n, key in enumerate(keys)
+        for suffix, data in ((".PNG", encode(n)), (".txt", f"number {n}".encode()))
+    ]
+    path = write(tmp_path / "names.tar", members, form)
+    dataset = open_dataset(str(path), 9)
+    found = [dataset.get(n, ANY) for n in range(len(dataset))]
+    front = front.removeprefix("./")
+    names = [f"names.tar:{front}{key}".replace("\udce9", r"\udce9") for key in keys]
+    assert [sample.key for sample in found] == names
+    assert [sample.caption for sample in found] == [f"number {n}" for n in range(len(keys))]
+
+
+@FUZZ
+@given(data=st.data())
+def test_damage_anywhere_in_a_shard_is_no_traceback(tmp_path: Path, data: st.DataObject) -> None:
+    """Names and captions that are whole still belong together."""
+    members = {**samples(0, 3), "写真.png": encode(3), "写真.txt": b"number 3"}
+    path = write(tmp_path / "torn.tar", members)
+    torn = bytearray(path.read_bytes())
+    headers = st.sampled_from(range(0, len(torn) - 10240, 512)).flatmap(
+        lambda block: st.integers(block, block + 300)
+    )
+    for place in data.draw(st.lists(headers, min_size=1, max_size=3)):
+        torn[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(torn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            captions(open_dataset(str(path), 9))
+        except DataError as error:
+            assert "torn.tar" in str(error)
+
+
+def test_the_key_is_all_before_the_last_dot(tmp_path: Path) -> None:
+    """Split at the first one, every fourth sample was lost without a word. What adds a part to a
+    whole sample, as masks do, is none itself."""
+    stems = [f"{n:03}.v1" if n % 4 == 0 else f"{n:03}" for n in range(40)]
+    members = [(f"{stem}{end}", body) for stem in stems for end, body in PAIR]
+    mask = [("001.mask.png", encode(0)), ("002.en.txt", b"english")]
+    dataset = open_dataset(str(write(tmp_path / "a.tar", [*members, *mask])), 9)
+    keys = [dataset.get(n, ANY).key for n in range(len(dataset))]
+    assert keys == [f"a.tar:{stem}" for stem in stems]
+
+
+PAIR = [(".png", encode(0)), (".txt", b"x")]
+
+
+def test_two_samples_of_one_name_are_counted_and_left_out(tmp_path: Path) -> None:
+    """The last one silently stood for both."""
+    members = [(f"{n:03}{end}", body) for n in range(60) for end, body in PAIR]
+    path = write(tmp_path / "a.tar", [*members, ("007.png", encode(1))])
+    with pytest.warns(UserWarning, match=r"2 samples lack .*, or have two: \S*a\.tar:007 and 1"):
+        assert len(open_dataset(str(path), 9)) == 59
+    write(path, [("000" + end, body) for _ in range(10) for end, body in PAIR])
+    with pytest.raises(DataError, match="10 samples lack"):
+        open_dataset(str(path), 9)
+    write(path, members)
+    with pytest.raises(DataError, match=r"names \S*a\.tar twice"):
+        open_dataset(f"{tmp_path}/{{a,a*}}.tar", 9)
+
+
+def test_hidden_members_are_passed_over(tmp_path: Path) -> None:
+    """As a tar written on macOS holds them."""
+    hidden = ["._0000", "__MACOSX/._0000", ".ipynb_checkpoints/0000-checkpoint"]
+    members = {name + end: body for name in hidden for end, body in PAIR}
+    assert len(open_dataset(str(write(tmp_path / "a.tar", {**samples(0, 3), **members})), 9)) == 3
+
+
+def test_a_shard_that_is_no_file_is_left_out(tmp_path: Path) -> None:
+    """A link to nowhere was a traceback."""
+    many(tmp_path / "data", 60)
+    (tmp_path / "data" / "t.tar").symlink_to("nowhere")
+    (tmp_path / "data" / "u.tar").mkdir()
+    os.mkfifo(tmp_path / "data" / "v.tar")
+    told = r"2 of 62 shards: \S*t\.tar can't be read \(No such file.*v\.tar can't .*is no file"
+    with pytest.warns(UserWarning, match=told):
+        assert len(open_dataset(str(tmp_path / "data"), 9)) == 600
+
+
+def test_a_set_has_the_same_keys_from_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of embeddings made by an absolute path did not fit a relative one."""
+    (tmp_path / "d").mkdir()
+    many(tmp_path / "d" / "a", 1), many(tmp_path / "d" / "b", 1)
+    monkeypatch.chdir(tmp_path)
+
+    def keys(spec: str) -> list[str]:
+        dataset = open_dataset(spec, 9)
+        return [dataset.get(n, ANY).key for n in range(0, len(dataset), 10)]
+
+    for spec in ("d/a", "d/a/", f"{tmp_path}/d/a", "./d/../d/a/*.tar", "d/a/s-{00..00}.tar"):
+        assert keys(spec) == ["s-00.tar:0000"]
+    odd = write(tmp_path / "d" / "x[1] {2..3}.tar", samples(0, 1))
+    assert keys(str(odd)) == ["x[1] {2..3}.tar:0000"]
+    odd.unlink()
+    for spec in ("d", "d/*/*.tar", f"{tmp_path}/d/{{a,b}}/s-00.tar"):
+        assert keys(spec) == ["a/s-00.tar:0000", "b/s-00.tar:0000"]
+
+
+def test_a_column_is_a_key_of_the_json(tmp_path: Path) -> None:
+    row = b'{"caption": "short", "long": ["a long one", 7]}'
+    path = write(tmp_path / "a.tar", {"0.png": encode(0), "0.txt": b"plain", "0.json": row})
+    assert open_dataset(str(path), 9).get(0, ANY).caption == "plain"
+    dataset = open_dataset(str(path), 9, columns=Columns("long"))
+    drawn = {dataset.get(0, torch.Generator().manual_seed(k)).caption for k in range(20)}
+    assert drawn == {"a long one", "7"}
 
 
 def test_any_sample_is_reached_by_its_number(tmp_path: Path) -> None:
@@ -101,17 +251,18 @@ def test_any_sample_is_reached_by_its_number(tmp_path: Path) -> None:
         sample = dataset.get(number, ANY)
         assert sample.caption == f"number {number}"
         assert round((sample.image[0, 4, 4].item() + 1) * 127.5) == number
-        assert sample.key.startswith(str(paths[min(number // 10, 3)]))
+        assert sample.key.startswith(f"{paths[min(number // 10, 3)].name}:")
+        assert sample.key.endswith(f"{number:04}")
 
 
 def test_an_index_is_made_once_and_mapped(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """34 bytes for each sample: ten million rows take a third of a GB, mapped from a file."""
+    """46 bytes for each sample: ten million rows take half a GB, mapped from a file."""
     (path,) = many(tmp_path / "data", 1)
     made = read_index(path)
     assert isinstance(made.entries, np.memmap) and ENTRY.itemsize <= 100
-    monkeypatch.setattr(shards_module, "index_shard", lambda shard: pytest.fail("indexed again"))
+    monkeypatch.setattr(shards_module, "index_shard", lambda *_: pytest.fail("indexed again"))
     entries = np.array(made.entries)  # not mapped: below its file is damaged
     del made
     assert np.array_equal(read_index(path).entries, entries)
@@ -166,10 +317,10 @@ def test_samples_without_a_part_are_left_out(tmp_path: Path) -> None:
     lacking = {"a.png": encode(1), "b.txt": b"blind", "c.gif": b"", "d.pickle": b"cos\nsystem\n"}
     (tmp_path / "data").mkdir()
     path = write(tmp_path / "data" / "a.tar", {**samples(0, 60), **lacking})
-    with pytest.warns(UserWarning, match=r"2 samples lack a JPEG.*a\.tar \(2\)"):
+    with pytest.warns(UserWarning, match=r"2 samples lack a JPEG.*a\.tar:a and 1 more"):
         assert len(open_dataset(str(path), 9)) == 60
     write(path, {"1.png": encode(0)})
-    with pytest.raises(DataError, match=r"1 samples lack .*a\.tar \(1\)"):
+    with pytest.raises(DataError, match=r"1 samples lack .*a\.tar:1\."):
         open_dataset(str(path), 8)
     write(path, {"1.pickle": b"cos\nsystem\n"})
     with pytest.raises(DataError, match=r"a\.tar holds no samples"):
@@ -253,8 +404,94 @@ def test_shards_pass_to_workers_whole(tmp_path: Path) -> None:
 
 
 def test_a_spawned_worker_is_sent_names_and_opens_the_indexes(tmp_path: Path) -> None:
-    dataset = Shards("x", many(tmp_path / "d", 3, each=200), 16)
+    dataset = Shards("x", many(tmp_path / "d", 3, each=200), Fit(16), tmp_path)
     sent = pickle.dumps(dataset)
-    assert len(sent) < 1000  # bytes, for 600 samples of 34
+    assert len(sent) < 1000  # bytes, for 600 samples of 46
     again = pickle.loads(sent)
     assert [again.get(i, ANY).caption for i in (0, 599)] == ["number 0", "number 599"]
+
+
+def test_a_hundred_shards_take_few_descriptors(tmp_path: Path) -> None:
+    """Each process kept one open for each shard: of 256 allowed, the 250th shard's failed."""
+    paths = many(tmp_path / "data", 100, each=2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, before[1]))
+    try:
+        dataset = Shards("x", paths, Fit(9), tmp_path)
+        assert [dataset.get(k, ANY).caption for k in (0, 199)] == ["number 0", "number 199"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(os.listdir("/proc/self/fd")) <= used + 1
+
+
+@pytest.mark.parametrize("when", ["indexing", "reading"])
+def test_running_out_of_descriptors_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """It was taken for a damaged index, and ended in a traceback."""
+    (path,) = many(tmp_path / "data", 1)
+    dataset = None if when == "indexing" else open_dataset(str(path), 9)
+
+    def opened(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="ulimit -n"):
+        patched.setattr(tarfile, "open", opened)
+        patched.setattr(Path, "open", opened)
+        dataset = dataset or open_dataset(str(path), 9)
+        dataset.dataset.get(0, ANY)  # type: ignore[attr-defined]
+    assert captions(open_dataset(str(path), 9)) == [f"number {n}" for n in range(10)]
+
+
+def _indexed(shards: list[Path], rank: int, both: Any, told: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    index_shard = shards_module.index_shard
+
+    def slowly(shard: Path, *texts: Any) -> shards_module.ShardIndex:
+        time.sleep(0.05)
+        told.put((rank, shard.name))
+        return index_shard(shard, *texts)
+
+    shards_module.index_shard = slowly
+    both.wait()
+    assert len(Shards("x", shards, Fit(9), shards[0].parent)) == 200
+
+
+def test_the_processes_of_a_machine_index_each_shard_once(tmp_path: Path) -> None:
+    """Every process read every shard."""
+    paths = many(tmp_path / "data", 20)
+    context = multiprocessing.get_context("fork")
+    both, told = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_indexed, args=(paths, rank, both, told)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    work = [told.get(timeout=60) for _ in paths]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert told.empty() and sorted(name for _, name in work) == [path.name for path in paths]
+    assert {rank for rank, _ in work} == {0, 1}
+
+
+def test_a_shard_that_changed_is_read_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = many(tmp_path / "data", 3)
+    assert len(Shards("x", paths, Fit(9), tmp_path)) == 30
+    read: list[Path] = []
+    index_shard = shards_module.index_shard
+    monkeypatch.setattr(
+        shards_module, "index_shard", lambda shard, *_: read.append(shard) or index_shard(shard)
+    )
+    assert len(Shards("x", paths, Fit(9), tmp_path)) == 30 and not read
+    write(paths[1], samples(100, 5))
+    again = Shards("x", paths, Fit(9), tmp_path)
+    assert read == [paths[1]]
+    assert [again.get(k, ANY).caption for k in (9, 10, 15)] == [
+        "number 9",
+        "number 100",
+        "number 20",
+    ]

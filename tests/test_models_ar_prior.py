@@ -173,14 +173,12 @@ def test_every_parameter_gets_a_gradient(model: ArPrior) -> None:
 
 def test_a_sample_depends_on_its_own_generator_alone(model: ArPrior) -> None:
     config = ArSamplingConfig(guidance=2.0, top_p=0.9)
-    null = text(1, seed=9)
-    draw = lambda rows: sample_autoregressive(  # noqa: E731
-        model,
-        Cond(text=text(3)).rows(rows),
-        config,
-        [torch.Generator().manual_seed(k) for k in range(3)[rows]],
-        null_text=null,
-    )
+    cond, away = Cond(text=text(3)), Cond(text=text(3, seed=9))
+
+    def draw(rows: slice) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(k) for k in range(3)[rows]]
+        return sample_autoregressive(model, cond.rows(rows), away.rows(rows), config, generators)
+
     together, alone = draw(slice(0, 3)), draw(slice(1, 2))
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))

@@ -169,6 +169,7 @@ def test_saved_and_loaded_weights_give_the_same_output(name: str) -> None:
     assert torch.equal(copied.eval()(x_t, t, cond), model(x_t, t, cond))
 
 
+@pytest.mark.bf16
 @every_model
 @torch.no_grad()
 def test_bfloat16_is_close(name: str) -> None:
@@ -181,6 +182,7 @@ def test_bfloat16_is_close(name: str) -> None:
     assert (half - full).norm() < 0.05 * full.norm()
 
 
+@pytest.mark.bf16
 @every_model
 @torch.no_grad()
 def test_bfloat16_autocast_is_close(name: str) -> None:
@@ -515,6 +517,7 @@ def test_a_draft_is_made_once_from_the_text_embedding_alone() -> None:
     assert trained == {"gate.weight", "gate.bias"}
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("keys", [20, SHORT + 1])
 def test_low_precision_attention_is_close_and_leaves_masked_keys_out(keys: int) -> None:
     """Few keys go another way on CPUs while gradients are recorded."""

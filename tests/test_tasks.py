@@ -20,17 +20,18 @@ from unclip.conditioning import TextEncoding
 from unclip.config import load_config
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
-from unclip.data.sample import Sample
+from unclip.data.sample import Sample, fixed
 from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.training.ar_prior import ArPriorRun
 from unclip.training.augment import place
 from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
-from unclip.training.task import draw
+from unclip.training.task import Shown, draw
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ SCHEMAS = {
     "clip": ClipRun,
     "judge": ClipRun,
     "prior": PriorRun,
+    "ar": ArPriorRun,
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
@@ -71,7 +73,8 @@ def tiny(stage, clip, *more):
     if stage == "prior":
         overrides += ["model.context=12"]
     path = ROOT / "configs" / "shapes" / f"{stage}.yaml"
-    return load_config(path, [*overrides, *more], SCHEMAS[stage.split("_")[0]])
+    last = {override.partition("=")[0]: override for override in [*overrides, *more]}
+    return load_config(path, [*last.values()], SCHEMAS[stage.split("_")[0]])
 
 
 def first_batch(run, **where):
@@ -121,7 +124,7 @@ def test_a_layout_is_fitted_to_what_embeddings_show(model_folder, monkeypatch):
     assert_close(decoders[0].layout.state_dict(), decoders[1].layout.state_dict())
     seen = range(0, len(dataset), len(dataset) // 128)[:64]
     images = torch.stack([dataset.get(i, randomness.generator(0, "", i)).image for i in seen])
-    small = resize(images, 8)
+    small = resize(images, 8).flatten(1)
     drawn = decoders[0].layout(decoders[0].scale(clip.encode_image(images)))
     mean = small.mean(0, keepdim=True)
     assert (drawn - small).square().mean() < 0.7 * (mean - small).square().mean()
@@ -144,7 +147,7 @@ def test_a_draft_is_fitted_to_what_captions_tell(model_folder, monkeypatch):
             return 256
 
         def get(self, index, generator):
-            return Sample(shown[index], str(index), str(index))
+            return Sample(None, str(index), str(index), shown[index])
 
     def encode_text(captions):
         embed = torch.stack([told[int(c)] if c.isdigit() else -told[0] for c in captions])
@@ -308,14 +311,25 @@ def test_what_a_sample_is_trained_on_does_not_depend_on_the_number_of_processes(
 def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     run = tiny("upsampler_64", None, "degraded=0")
     task = UpsamplerTask(run)
-    batch = first_batch(run)
-    low = task.low_resolution(batch.images, batch.ids)
-    assert low.shape == batch.images.shape
-    assert (low - batch.images).abs().mean() < 0.2
+    batch = task.made(first_batch(run))
+    side = batch.images.shape[-1]
+    assert batch.low_res.shape == (4, 3, side // 2, side // 2)
+    assert (resize(batch.low_res, side) - batch.images).abs().mean() < 0.2
     degraded = UpsamplerTask(tiny("upsampler_64", None, "degraded=1"))
-    other = degraded.low_resolution(batch.images, batch.ids)
-    assert not torch.allclose(low, other)
-    assert_close(other, degraded.low_resolution(batch.images, batch.ids), rtol=0, atol=0)
+    other = degraded.made(batch).low_res
+    assert not torch.allclose(batch.low_res, other)
+    assert_close(other, degraded.made(batch).low_res, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_pictures_are_degraded_where_they_are_read(degradation):
+    """On a GPU, BSR added CPU noise to a picture on the device, and every training crashed."""
+    run = tiny("upsampler_64", None, f"degradation={degradation}", "degraded=1")
+    task = UpsamplerTask(run)
+    read = first_batch(run, made=task.made, workers=1)
+    assert_close(read.low_res, task.made(first_batch(run)).low_res, rtol=0, atol=0)
+    moved = read.to("meta")
+    assert moved.low_res.is_meta and moved.noise.is_meta and not moved.ids.is_meta
 
 
 def test_a_width_that_is_not_the_encoders_is_refused_by_key(model_folder):
@@ -337,6 +351,7 @@ def test_accelerate_launch_trains_a_decoder_on_two_processes(model_folder, tmp_p
         *("--num_processes", "2", "--main_process_port", "0", "train/decoder.py", str(config)),
         *("train.steps=2", f"train.out={out}", "train.log_every=1", "train.save_every=2"),
         "train.sample_every=100",
+        "train.precision=fp32",
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -373,3 +388,29 @@ def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_
     ]
     assert losses[0] != losses[1]
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, model_folder, count):
+    """Of three validation pictures the prior's preview failed ("k out of range"), and the
+    decoder's put its second row beside the first."""
+    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.data, count))
+    clip = FrozenCLIP.load(str(model_folder))
+    tasks = [PriorTask(tiny("prior", str(model_folder)), clip)]
+    tasks += [DecoderTask(tiny("decoder", str(model_folder), "sampling.steps=2"), clip)]
+    tasks += [UpsamplerTask(tiny("upsampler_64", None, "sampling.steps=2"))]
+    shapes = {"prior": (count, 1 + min(4, count)), "decoder": (2, count), "upsampler": (3, count)}
+    for task in tasks:
+        rows, columns = shapes[task.name.split("_")[0]]
+        side = task.run.data.crop or task.run.data.resolution
+        side = task.run.model.resolution if task.name == "decoder" else side
+        with torch.no_grad():
+            image = task.preview(task.model.eval())
+        assert image.size == (columns * (side + 4) + 4, rows * (side + 4) + 4)
+
+
+def few(data, count):
+    """The first pictures of the shapes' validation set."""
+    data = open_dataset("shapes:val", data.resolution)
+    samples = [fixed(data, i) for i in range(count)]
+    return torch.stack([s.image for s in samples]), [s.caption for s in samples]

@@ -11,7 +11,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +30,8 @@ from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.find import resolve_folder
 from unclip.files.folder import read_stage_config, write_stage
 from unclip.files.tensors import TensorFile
-from unclip.training.checkpoint import load_init
 from unclip.training.fit import TrainConfig, build_optimizer, fit, learning_rate
+from unclip.training.task import start_from
 
 
 def config(out: Path, task: dict[str, Any] | None = None, **train: Any) -> TinyConfig:
@@ -224,10 +223,26 @@ def test_too_many_steps_that_are_not_finite_end_the_run_resumed_or_not(tmp_path:
         run(config(tmp_path / "b", bad, steps=40))
 
 
-def test_steps_skipped_long_ago_are_forgotten(tmp_path: Path) -> None:
-    bad = {"bad_from": 0, "bad_every": 110}  # ten in any thousand
-    last = run(config(tmp_path, bad, steps=1400, save_every=700, log_every=700))
-    assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 400
+def test_steps_skipped_long_ago_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclip.training.fit.WINDOW", 100)
+    bad = {"bad_from": 0, "bad_every": 11}  # ten in any hundred
+    last = run(config(tmp_path, bad, steps=140, save_every=70, log_every=70))
+    assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40
+
+
+def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(tmp_path / "soon"))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("unclip.training.log.NEWS_EVERY", 0.0)
+    run(config(tmp_path / "late"))
+    said, drawn = capsys.readouterr()
+    steps = [line.partition(":")[0] for line in said.splitlines()]
+    assert steps == [f"step {step} of 12" for step in (4, 8, 12)]
+    assert f"loss {lines(tmp_path / 'late')[-1]['loss']:.4g}" in said and drawn == ""
 
 
 def test_entries_are_averaged_over_the_samples_that_have_them(tmp_path: Path) -> None:
@@ -296,7 +311,7 @@ def kill_at(event: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_run_killed_at_any_point_of_a_save_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    steps: dict[str, Any] = {"steps": 8, "save_every": 2, "sample_every": 8}
+    steps: dict[str, Any] = {"steps": 6, "save_every": 2, "sample_every": 6}
     with pytest.MonkeyPatch.context() as patch:
         events = kill_at(-1, patch)
         straight = run(config(tmp_path / "straight", **steps))
@@ -433,10 +448,11 @@ def test_an_upsampler_may_start_from_the_one_of_another_size(tmp_path: Path) -> 
     first.save(tmp_path / "w")
     network = second.network.requires_grad_(False)
     randomise(network, seed=9)
-    load_init(SimpleNamespace(name=second.name, stage=second), network, tmp_path / "w")
+    start_from(second, tmp_path / "w")
     assert_close(network.state_dict(), first.network.state_dict())
 
 
+@pytest.mark.bf16
 def test_low_precision_is_close_and_keeps_float32_weights(tmp_path: Path) -> None:
     run(config(tmp_path / "a"))
     settings = config(tmp_path / "b", precision="bf16")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from tiny_task import TinyConfig, run
+from processes import free_port, together
+from tiny_task import TinyConfig
 from torch.testing import assert_close
 
 from unclip.config import load_config
 from unclip.training.fit import learning_rate
-from unclip.training.launch import main
 
 TESTS = Path(__file__).parent
 ACCELERATE = TESTS.parent / "configs" / "accelerate"
@@ -40,7 +40,7 @@ def write(tmp_path: Path) -> str:
 
 def start(*arguments: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    main(TinyConfig, run, "Train the tiny task.", arguments)
+    tiny_task.start(*arguments)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -53,14 +53,21 @@ def assert_same_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> N
             assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
-def start_two(*arguments: str, restarts: int = 0) -> str:
-    """Two processes on this machine; accelerate's own launcher does the same through torchrun."""
+def start_two(*arguments: str) -> str:
+    out = together(tiny_task.start, *arguments)
+    assert out.count("world 2") == 1
+    return out
+
+
+def torchrun(*arguments: str) -> str:
+    """Two processes on this machine, started again up to once."""
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launcher += ["--max-restarts", str(restarts)]
-    command = [sys.executable, *launcher, str(TESTS / "tiny_task.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *launcher, "--max-restarts", "1", str(TESTS / "tiny_task.py")]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -70,7 +77,7 @@ def test_two_processes_equal_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path = write(tmp_path)
     start(path, f"train.out={tmp_path / 'one'}")
     assert capsys.readouterr().out.count("world 1") == 1
-    assert start_two(path, f"train.out={tmp_path / 'two'}").count("world 2") == 1
+    start_two(path, f"train.out={tmp_path / 'two'}")
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in two] == list(range(1, 9))
     assert [line["skipped"] for line in two] == [0, 0, 0, 1, 1, 0, 0, 0]
@@ -107,7 +114,7 @@ def test_a_launcher_that_starts_again_after_a_kill_ends_with_the_same_bytes(tmp_
     """torchrun kills the other process too and starts both anew."""
     path = write(tmp_path)
     start_two(path, f"train.out={tmp_path / 'a'}")
-    out = start_two(path, f"train.out={tmp_path / 'b'}", "kill_at=6", restarts=1)
+    out = torchrun(path, f"train.out={tmp_path / 'b'}", "kill_at=6")
     assert out.count("world 2") == 2
     a, b = (tmp_path / name / "checkpoints" / "step-8" for name in "ab")
     for file in (path for path in a.rglob("*") if path.is_file()):
@@ -149,10 +156,7 @@ def test_accelerate_files_train(tmp_path: Path, config: str, nodes: int, process
     """Two machines are two launchers here, each with its own process."""
     path = write(tmp_path)
     start(path, f"train.out={tmp_path / 'here'}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    count = ["--num_processes", str(processes), "--main_process_port", str(port)]
+    count = ["--num_processes", str(processes), "--main_process_port", str(free_port())]
     task = [str(TESTS / "tiny_task.py"), path, f"train.out={tmp_path / 'there'}"]
     agents = [
         launch(config, *count, *(["--machine_rank", str(rank)] if nodes > 1 else []), *task)
@@ -208,3 +212,47 @@ def test_help_says_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "section.key=value" in output
     assert "resumes" in output
+
+
+def test_what_the_launcher_says_and_the_configuration_decides_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`accelerate launch --mixed_precision bf16 --gradient_accumulation_steps 4` was ignored, or
+    the second, given as a variable, divided every gradient once more."""
+    start(write(tmp_path), "train.steps=4", "bad_from=99", f"train.out={tmp_path / 'plain'}")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    start(write(tmp_path), "train.steps=4", "bad_from=99")
+    shown = capsys.readouterr().err
+    assert "train.precision" in shown and "train.accumulate" in shown
+    assert_same_lines(lines(tmp_path / "plain"), lines(tmp_path / "run"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SystemExit) as exit:
+        start(write(tmp_path))
+    assert exit.value.code == 2 and "deepspeed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """It was a traceback, after the encoder and the data had been opened."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit:
+        start(write(tmp_path), f"train.out={tmp_path / place}", "bad_from=99")
+    shown = capsys.readouterr().err
+    assert exit.value.code == 2 and "train.out" in shown and place in shown
+
+
+def test_a_broken_tensorboard_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose import raised TypeError ended the training with a traceback."""
+    (tmp_path / "tensorboard.py").write_text("raise TypeError('Descriptors')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    start(write(tmp_path), "bad_from=99")
+    assert "Descriptors" in capsys.readouterr().err and len(lines(tmp_path / "run")) == 8

@@ -12,6 +12,7 @@ from test_tasks import tiny
 from torch.profiler import ProfilerActivity, profile
 
 from unclip.cli import main
+from unclip.precision import computes_in_bf16
 from unclip.training import plan as planning
 from unclip.training.plan import Plan, plan, report, step_needs
 
@@ -30,10 +31,9 @@ def measured_peak(run: Any, micro: int) -> int:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    precision = torch.bfloat16 if run.train.precision == "bf16" else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         mark = torch.zeros(1)  # the first allocation that is seen
-        with torch.autocast("cpu", precision, enabled=precision is not None):
+        with torch.autocast("cpu", torch.bfloat16):
             out = network(*inputs)
         out.float().square().mean().backward()
     del mark
@@ -47,15 +47,20 @@ def measured_peak(run: Any, micro: int) -> int:
     return most
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("path", SMALL)
 def test_activations_are_those_of_a_real_step(path: str, checkpointing: bool) -> None:
-    """Going backward through checkpoints, tensors live on in Python a little longer."""
-    run = planning._load(CONFIGS / path, SMALL[path])
+    """Going backward through checkpoints, tensors live on in Python a little longer.
+
+    A CPU without units for bf16 computes it in float32, with copies that GPUs don't make.
+    """
+    run = planning._load(CONFIGS / path, [*SMALL[path], "train.precision=bf16"])
     model = planning._with_checkpointing(run.model.model_dump(), checkpointing)
     run = run.model_copy(update={"model": type(run.model).model_validate(model)})
     _, predicted = step_needs(run, 4, checkpointing)
-    assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else 0.01)
+    exact = 0.01 if computes_in_bf16(torch.device("cpu")) else 0.1
+    assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else exact)
 
 
 def test_parameters_and_state_are_those_that_a_run_saves(

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from test_tasks import ROOT, TINY, tiny
-from test_training_launch import assert_same_lines, launch, lines
+from processes import script, together
+from test_tasks import tiny
+from test_training_launch import assert_same_lines, lines
 
+from unclip.config import save_config
 from unclip.errors import ConfigError
 from unclip.files.checkpoints import newest_checkpoint
 from unclip.stages.stored import read_stage
-from unclip.training import sharding
+from unclip.training import drafts, sharding
 from unclip.training.decoder import train_decoder
 from unclip.training.prior import train_prior
 from unclip.training.upsampler import train_upsampler
 
 TRAINERS = {"decoder": train_decoder, "prior": train_prior, "upsampler_64": train_upsampler}
 # Previews between the steps, because averages change places with the weights there.
-STEPS = ["train.steps=6", "train.save_every=2", "train.sample_every=3", "train.log_every=1"]
+STEPS = ["train.steps=4", "train.save_every=2", "train.sample_every=2", "train.log_every=1"]
 STEPS += [
     "train.decay=constant",
     "train.batch=4",
@@ -40,34 +42,34 @@ MORE = {
     "upsampler_64": ["train.accumulate=2"],
 }
 
+FSDP2 = {sharding.ASKED: "true", sharding.VERSION: "2"}  # what the launcher says to fsdp2_8.yaml
+
+
+def configured(stage: str, clip: Path, out: Path, *more: str) -> Any:
+    return tiny(stage, clip, *STEPS, *MORE[stage], f"train.out={out}", *more)
+
+
+@pytest.fixture(autouse=True)
+def few_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "DRAFT_COUNT", 256)
+
+
+def trainer(stage: str, config: Path) -> None:
+    drafts.DRAFT_COUNT = 256
+    script(f"train/{stage.split('_')[0]}.py", str(config))
+
 
 def alone(stage: str, clip: Path, out: Path, *more: str) -> None:
-    run = tiny(stage, clip, *STEPS, *MORE[stage], f"train.out={out}", *more)
+    run = configured(stage, clip, out, *more)
     torch.manual_seed(run.train.seed)  # as the scripts do
     TRAINERS[stage](run, Accelerator(cpu=True))
 
 
-def together(stage: str, clip: Path, out: Path, *more: str) -> None:
-    widths = [f"clip={clip}", "model.embed=16", "model.text_width=16"]
-    overrides = [*TINY[stage], *(widths if stage != "upsampler_64" else [])]
-    overrides += ["model.context=12"] if stage == "prior" else []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    process = launch(
-        "fsdp2_8.yaml",
-        *("--num_processes", "2", "--main_process_port", port),
-        str(ROOT / "train" / f"{stage.split('_')[0]}.py"),
-        str(ROOT / "configs" / "shapes" / f"{stage}.yaml"),
-        *overrides,
-        *STEPS,
-        *MORE[stage],
-        f"train.out={out}",
-        *more,
-    )
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "weights are shared out over 2 processes" in output
+def spread(stage: str, clip: Path, out: Path, *more: str) -> None:
+    config = out.with_suffix(".yaml")
+    save_config(configured(stage, clip, out, *more), config)
+    printed = together(trainer, stage, config, environment=FSDP2)
+    assert "weights are shared out over 2 processes" in printed
 
 
 @pytest.mark.parametrize("stage", TRAINERS)
@@ -75,9 +77,9 @@ def test_a_sharded_training_equals_one_process(
     stage: str, model_folder: Path, tmp_path: Path
 ) -> None:
     alone(stage, model_folder, tmp_path / "one")
-    together(stage, model_folder, tmp_path / "two")
+    spread(stage, model_folder, tmp_path / "two")
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["processes"] for line in two] == [2] * 6
+    assert [line["processes"] for line in two] == [2] * 4
     assert_same_lines(one, two)
     checkpoint = newest_checkpoint(tmp_path / "two", training=True)
     assert checkpoint is not None
@@ -90,8 +92,8 @@ def test_a_run_goes_on_with_and_without_sharding(
 ) -> None:
     stage = "upsampler_64"
     alone(stage, model_folder, tmp_path / "straight")
-    begin, end = (together, alone) if first == "sharded" else (alone, together)
-    begin(stage, model_folder, tmp_path / "run", "train.steps=3")
+    begin, end = (spread, alone) if first == "sharded" else (alone, spread)
+    begin(stage, model_folder, tmp_path / "run", "train.steps=2")
     end(stage, model_folder, tmp_path / "run")
     assert_same_lines(lines(tmp_path / "straight"), lines(tmp_path / "run"))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.files.folder import write_stage
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
 from unclip.training.sharding import part
+from unclip.training.task import load_weights
 
 
 class TinyConfig(Config):
@@ -63,6 +65,7 @@ class TinyTask:
         torch.manual_seed(config.train.seed)
         self.config = config
         self.model: nn.Module = TinyModel(config.dropout)
+        self.product: nn.Module = self.model
 
     def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, Tensor]:
         x = randomness.normal(self.config.train.seed, "x", batch.ids, (4,))
@@ -82,8 +85,11 @@ class TinyTask:
         level = int(model(torch.ones(1, 4)).sigmoid() * 255)
         return Image.new("L", (2, 2), level)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        write_stage(folder, self.name, {"width": 8}, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {"width": 8}
+
+    def start_from(self, path: str) -> None:
+        load_weights(self.model, self.name, path)
 
 
 def stream(config: TinyConfig, start: int, rank: int = 0, world: int = 1) -> Iterator[TinyBatch]:
@@ -114,5 +120,9 @@ def run(config: TinyConfig, accelerator) -> Path:  # type: ignore[no-untyped-def
     return folder
 
 
+def start(*arguments: str) -> None:
+    main(TinyConfig, run, "Train the tiny task.", arguments)
+
+
 if __name__ == "__main__":
-    main(TinyConfig, run, "Train the tiny task.")
+    start(*sys.argv[1:])

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from unclip.errors import ConfigError
+from unclip.text import is_whole
+
+# A path, or another name of a place; `~` at its beginning is the home folder.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Config(BaseModel):
@@ -26,20 +32,34 @@ C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string and `NO` as false; this reads what was meant."""
+    """YAML 1.1 reads `1e-4` and `=` as strings or worse, `NO` as false, `0012` as ten, `1:30` as
+    ninety, `2026-05-01` as a date, and takes the last of two equal keys; this reads what was meant.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A mapping whose keys occur once."""
+        node = super().compose_mapping_node(anchor)
+        seen = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if seen.count(key.value) > 1:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+        return node
 
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_MEANT = {
+    "bool": (r"true|false", "tf"),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?", "-+.0123456789"),
+    "null": (r"~|null|", ["~", "n", ""]),
+    "merge": (r"<<", "<"),
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
+_Loader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _MEANT.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^({_pattern})$"), list(_first)
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -55,11 +75,22 @@ _Dumper.yaml_implicit_resolvers = {
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """Read a YAML file, apply dotted overrides such as `train.lr=1e-4`, and check everything.
 
+    An override is no YAML: text is what stands after the `=`, to its end.
+
     **Raises**: `ConfigError` naming the full key, its value and the nearest valid name.
     """
     data = read_yaml(path)
+    given: list[str] = []
     for override in overrides:
-        _apply(data, override)
+        key = override.partition("=")[0]
+        for before in given:
+            if before == key or before.startswith(f"{key}."):
+                raise ConfigError(
+                    f"{before} is given twice, the second time as {override!r}; give each key "
+                    "once, and put values with braces, stars or spaces in quotes"
+                )
+        given.append(key)
+        _apply(data, override, schema)
     return parse_config(data, schema, source=str(path))
 
 
@@ -95,13 +126,27 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name; an empty section is one, too."""
+    settings: dict[str, Any] = {}
+    for key, value in data.items():
+        inner = isinstance(value, dict) and value
+        settings |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return settings
+
+
+def _apply(data: dict[str, Any], override: str, schema: type[Config]) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r} must look like section.key=value")
+    if not is_whole(text):
+        raise ConfigError(
+            f"override {override!r}: a configuration is UTF-8, which the bytes of this value are "
+            "not; rename what it names"
+        )
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = _value(text, list(_kinds(schema, parts)))
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
     for depth, part in enumerate(parts[:-1], 1):
@@ -109,6 +154,34 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is not a section")
     data[parts[-1]] = value
+
+
+def _value(text: str, kinds: list[Any]) -> Any:
+    """What an override's text means where one of these types is expected: itself for a string."""
+    if type(None) in kinds and text in ("null", ""):
+        return None
+    if str in kinds:
+        return text
+    if text.lstrip()[:1] in ("[", "{"):
+        return yaml.load(text, Loader=_Loader)  # a list or a section
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text.strip()))
+
+
+def _kinds(annotation: Any, location: Sequence[str]) -> Iterator[Any]:
+    """The types that a schema has at a location, each of a union; none where there is no such."""
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            yield from _kinds(option, location)
+    elif origin is Annotated:
+        yield from _kinds(options[0], location)
+    elif not location:
+        yield from map(type, options) if origin is Literal else [origin or annotation]
+    elif isinstance(annotation, type) and issubclass(annotation, Config):
+        field = annotation.model_fields.get(location[0])
+        yield from _kinds(field.annotation, location[1:]) if field is not None else ()
 
 
 def _explain(item: Any, schema: type[Config]) -> str:

@@ -1,10 +1,14 @@
-"""Errors a person can act on, and the exit code that each one means."""
+"""Errors and warnings a person can act on, and the exit code that each error means."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from unclip.text import open_console
 
 
 class UnclipError(ValueError):
@@ -44,15 +48,30 @@ class DivergedError(UnclipError):
     exit_code = 5
 
 
+class UnclipWarning(UserWarning):
+    """Something that was asked for and is done, but not as one might think."""
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn an `UnclipError` into one paragraph on stderr and its exit code.
+    """Turn an `UnclipError` into one paragraph on stderr and its exit code, warnings into lines.
 
     Launchers such as `accelerate launch` turn every failure into exit code 1, so the intended
     code is printed as well.
     """
-    try:
-        yield
-    except UnclipError as error:
-        print(f"error: {error} [exit code {error.exit_code}]", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+    open_console()
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UnclipWarning):
+                print(f"warning: {message}", file=sys.stderr, flush=True)
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        try:
+            yield
+        except UnclipError as error:
+            print(f"error: {error} [exit code {error.exit_code}]", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None

@@ -6,9 +6,11 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -33,21 +35,26 @@ UPRIGHT = (  # by EXIF's orientation, from 2 on
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
+TOO_SMALL = "too small"  # the kind of error that tells a picture that isn't wanted from a bad one
 
 
-def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+def load_image(
+    source: str | Path | BinaryIO, name: str | None = None, min_side: int = 0
+) -> Image.Image:
     """Read a JPEG, PNG or WebP as upright RGB on white; `name` stands for an open file in errors.
 
     Of a file's metadata only EXIF's orientation is read, and damage in them is no damage.
 
-    **Raises**: `DataError` naming the picture when it is missing, of another format, damaged, or
-    larger than `MAX_PIXELS` by its header (checked before anything is decoded).
+    **Raises**: `DataError` naming the picture when it is missing, of another format, damaged, or by
+    its header, before anything is decoded, larger than `MAX_PIXELS` or narrower than `min_side`.
     """
     label = name or str(source)
+    if isinstance(source, str | Path):
+        source = os.path.expanduser(source)
     try:
         data, turn = bare(_read(source, label))
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image, label)
+            _check_size(image, label, min_side)
             image.load()
             upright = to_rgb(image.transpose(UPRIGHT[turn - 2]) if turn > 1 else image)
     except (DataError, MemoryError):
@@ -79,8 +86,12 @@ def _read(source: str | Path | BinaryIO, label: str) -> bytes:
     return data
 
 
-def _check_size(image: Image.Image, label: str) -> None:
+def _check_size(image: Image.Image, label: str, min_side: int) -> None:
     width, height = image.size
+    if min(width, height) < min_side:
+        raise DataError(
+            f"{label} is {width} x {height}, narrower than data.min_side = {min_side}", TOO_SMALL
+        )
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{label} is {width} x {height} = {width * height:,} pixels, more than the limit of "
@@ -126,6 +137,58 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return square if square.width == size else square.resize((size, size), Image.Resampling.LANCZOS)
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How pictures of all sizes come to have `size` pixels.
+
+    `pad` centres the whole picture on a white square. `crop` gives the shorter side that size and
+    leaves the longer one, out of which whoever asks for the picture cuts a square (`crop`);
+    `middle` cuts it here. Pictures narrower than `min_side` are refused, not blown up.
+    """
+
+    size: int
+    how: Literal["pad", "crop", "middle"] = "pad"
+    min_side: int = 0
+
+    def read(self, source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
+        """A picture's pixels; see `load_image`. **Shapes**: → (3, H, W) uint8."""
+        image = load_image(source, name, self.min_side)
+        fitted = fit_square if self.how == "pad" else fit_shorter
+        pixels = to_pixels(np.asarray(fitted(image, self.size)))
+        return crop(pixels, self.size) if self.how == "middle" else pixels
+
+
+def fit_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Resize with antialiasing until the shorter side has `size` pixels.
+
+    **Raises**: `DataError` if the longer one then makes more than `MAX_PIXELS` of it.
+    """
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"a picture of {image.width} x {image.height} with its shorter side resized to {size} "
+            f"has more pixels than the limit of {MAX_PIXELS:,}; cut it",
+            "too large",
+        )
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def crop(x: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """A square out of a picture: anywhere, or without a generator its middle.
+
+    **Shapes**: (C, H, W) → (C, size, size), a view.
+    """
+    spare = [side - size for side in x.shape[-2:]]
+    if generator is None:
+        top, left = (room // 2 for room in spare)
+    else:
+        top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in spare)
+    return x[..., top : top + size, left : left + size]
+
+
 def from_uint8(x: Tensor) -> Tensor:
     """**Units**: uint8 [0, 255] → float32 [-1, 1], any shape."""
     return x.float() / 127.5 - 1
@@ -136,9 +199,19 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def from_array(pixels: np.ndarray) -> Tensor:
+def from_pixels(x: Tensor) -> Tensor:
+    """**Units**: what a dataset gives, uint8, or float32 [-1, 1] if computed → float32 [-1, 1]."""
+    return from_uint8(x) if x.dtype == torch.uint8 else x
+
+
+def to_pixels(array: np.ndarray) -> Tensor:
+    """**Shapes**: (H, W, 3) uint8 → (3, H, W) uint8."""
+    return rearrange(torch.from_numpy(np.array(array)), "h w c -> c h w").contiguous()
+
+
+def from_array(array: np.ndarray) -> Tensor:
     """**Shapes**: (H, W, 3) uint8 → (3, H, W) float32 in [-1, 1]."""
-    return from_uint8(rearrange(torch.from_numpy(np.array(pixels)), "h w c -> c h w").contiguous())
+    return from_uint8(to_pixels(array))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import typer
 
-from unclip.cli import data, models, pictures, training
+from unclip.cli import data, evaluation, models, pictures, training
+from unclip.cli.arguments import expanded
 from unclip.errors import exit_on_error
 
 app = typer.Typer(
@@ -31,8 +32,9 @@ for verb in (
     models.assemble,
     models.convert,
     training.plan,
+    evaluation.evaluate,
 ):
-    app.command()(verb)
+    app.command()(expanded(verb))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

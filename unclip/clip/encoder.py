@@ -39,6 +39,7 @@ class FrozenCLIP(nn.Module):
         self.width, self.text_width = towers.width, towers.text_width
         self.context, self.image_size = towers.tokenizer.context, preprocess.size
         self._null: TextEncoding | None = None
+        self._pixels: Tensor | None = None
 
     @classmethod
     def load(
@@ -46,14 +47,27 @@ class FrozenCLIP(nn.Module):
     ) -> FrozenCLIP:
         """Load an encoder; `open_encoder` says which sources there are.
 
+        Its fingerprint is that of its float32 towers, whatever it computes in later.
+
         **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
         """
-        return cls(*open_encoder(source, dtype)).to(device, dtype)
+        clip = cls(*open_encoder(source)).to(device)
+        if dtype != clip.dtype:
+            _ = clip.fingerprint  # taken now and kept
+        return clip.to(dtype)
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the stage `clip` of a model folder; `load` reads it back."""
+        ours = isinstance(self.towers, OpenClipTowers)
+        weights: Any = self.towers.model if ours else self.towers  # open_clip's own names
+        write_stage(folder, "clip", self.describe(), weights.state_dict(), dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """What the `config.json` of its stage says.
+
+        **Raises**: `CheckpointError` for what a model folder can't describe.
+        """
         config: dict[str, Any] = {"name": self.name, "preprocess_cfg": self.preprocess.model_dump()}
-        weights: nn.Module = self.towers
         if isinstance(self.towers, TransformersTowers):
             text: Any = self.towers.text
             vision: Any = self.towers.vision
@@ -63,11 +77,9 @@ class FrozenCLIP(nn.Module):
             }
             self._check_tokenizer()
         else:
-            weights = self.towers.model  # keys as in open_clip's own files
             config["model_cfg"] = self._model_config()
             config["vocabulary"] = getattr(self.towers.tokenizer, "vocabulary", None)
-        config["fingerprint"] = self.fingerprint.model_dump()
-        write_stage(folder, "clip", config, weights.state_dict(), dtype)
+        return {**config, "fingerprint": self.fingerprint.model_dump()}
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """A frozen encoder stays in evaluation mode."""
@@ -89,12 +101,16 @@ class FrozenCLIP(nn.Module):
 
         **Shapes**: (B, 3, H, W) of any size → (B, D). **Units**: pixels in [-1, 1].
         """
-        x = resize_and_crop(images.to(self.device, torch.float32), self.preprocess)  # (B, 3, R, R)
-        mean, std = x.new_tensor(self.preprocess.mean), x.new_tensor(self.preprocess.std)
-        # Bicubic overshoots; an 8-bit picture, which the towers were trained on, can't.
-        x = ((x + 1) / 2).clamp(0, 1)
-        x = (x - mean[:, None, None]) / std[:, None, None]
-        return self.towers.encode_image(x.to(self.dtype))
+        with self._own_precision():
+            x = images.to(self.device, torch.float32, non_blocking=True)
+            x = resize_and_crop(x, self.preprocess)  # (B, 3, R, R)
+            if self._pixels is None or self._pixels.device != x.device:
+                pixels = torch.tensor([self.preprocess.mean, self.preprocess.std])
+                self._pixels = pixels[..., None, None].to(x.device)
+            mean, std = self._pixels  # (3, 1, 1)
+            # Bicubic overshoots; an 8-bit picture, which the towers were trained on, can't.
+            x = ((x + 1) / 2).clamp(0, 1)
+            return self.towers.encode_image(((x - mean) / std).to(self.dtype))
 
     def encode_pil(self, images: Sequence[Image.Image]) -> Tensor:
         """Raw image embeddings of PIL pictures, resized by PIL. **Shapes**: B pictures → (B, D)."""
@@ -104,9 +120,16 @@ class FrozenCLIP(nn.Module):
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> TextEncoding:
         """The captions' token states after the final norm, their mask, and raw `z_text`."""
-        ids, mask = (part.to(self.device) for part in self.towers.tokenizer(texts))  # (B, L)
-        tokens, embed = self.towers.encode_text(ids, mask)  # (B, L, W), (B, D)
+        ids, mask = (
+            part.to(self.device, non_blocking=True) for part in self.towers.tokenizer(texts)
+        )  # (B, L)
+        with self._own_precision():
+            tokens, embed = self.towers.encode_text(ids, mask)  # (B, L, W), (B, D)
         return TextEncoding(tokens, mask, embed)
+
+    def _own_precision(self) -> torch.autocast:
+        """Compute in the towers' precision also where a network around them does in another."""
+        return torch.autocast(self.device.type, enabled=False)
 
     @property
     def has_images(self) -> bool:
@@ -119,6 +142,12 @@ class FrozenCLIP(nn.Module):
         if self._null is None or self._null.embed.device != self.device:
             self._null = self.encode_text([""])
         return self._null.to(self.device, self.dtype)
+
+    @cached_property
+    def norm(self) -> float:
+        """The norm that raw embeddings usually have, of three pictures or sentences."""
+        z = self.encode_image(probes()) if self.has_images else self.encode_text(PROBE_TEXTS).embed
+        return float(z.float().norm(dim=-1).mean())
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -31,10 +31,9 @@ from unclip.files.diffusers import (
     PROCESSOR,
     TEXT_ENCODER,
     TOKENIZER,
-    TOWER_WEIGHTS,
     Folder,
 )
-from unclip.files.disk import read_json, tally
+from unclip.files.disk import from_home, read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
@@ -61,7 +60,7 @@ def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
 
     **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
     """
-    path = Path(source)
+    path = from_home(source)
     if not path.is_dir():
         return _from_open_clip(source)
     if (path / PIPELINE).is_file():
@@ -202,12 +201,13 @@ def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
     from transformers.utils import logging
 
     path = folder.parts[part]
-    folder.tensors(part, TOWER_WEIGHTS)  # refuses pickles and files that are cut short
+    folder.tensors(part)  # refuses pickles and files that are cut short
     try:
         with without_bars(logging):
             model, report = kind.from_pretrained(
                 path,
                 dtype=dtype,
+                variant=folder.variant,
                 local_files_only=True,
                 use_safetensors=None if folder.allow_pickle else True,
                 weights_only=True,

@@ -1,7 +1,7 @@
 """CLIP image embeddings of a dataset on disk, with captions: a prior trains from them alone.
 
-FOLDER/img_emb/img_emb_00000.npy          (n, D) float16 raw embeddings, mapped when read
-FOLDER/metadata/metadata_00000.parquet    `key` and `caption` of each row
+FOLDER/img_emb/img_emb_00000.npy          (n, D) float16 raw embeddings
+FOLDER/metadata/metadata_00000.parquet    `key` and `caption` of each row (see `metadata`)
 FOLDER/embeddings.json                    how many rows of what, and the encoder that made them;
                                           once all shards are there also mean and deviation
 
@@ -12,140 +12,39 @@ from __future__ import annotations
 
 import os
 import re
-import time
+import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
+from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
-from unclip.data.readers import arrow
-from unclip.data.sample import Dataset, Sample
+from unclip.data.captions import clean, hash_of
+from unclip.data.folders import fixed_part
+from unclip.data.kept import check_open_files
+from unclip.data.metadata import Metadata
+from unclip.data.sample import Batch, Dataset, Sample
 from unclip.errors import CheckpointError, ConfigError, DataError
-from unclip.files.disk import read_json, sync, write_json
-from unclip.randomness import generator
+from unclip.files.disk import read_json
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"
-KEY_COLUMNS, CAPTION_COLUMNS = ("key", "image_path", "url"), ("caption", "text", "TEXT")
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What a cache is of: `rounds` passes over the dataset `data`, each with other wordings."""
-
-    data: str
-    resolution: int
-    seed: int
-    rounds: int
-    rows: int  # of a shard
-    total: int
-
-    @property
-    def shards(self) -> int:
-        """How many files the rows fill."""
-        return -(-self.total // self.rows)
-
-
-def write_cache(
-    root: Path,
-    dataset: Dataset,
-    clip: FrozenCLIP,
-    plan: CachePlan,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    batch: int = 256,
-    workers: int = 0,
-    report: Callable[[int], Any] = lambda rows: None,
-) -> float:
-    """Write this process's share of the shards, except those that are there; embeddings a second.
-
-    A shard's array gets its name last, so that a killed run leaves no half of one.
-    """
-    (root / ARRAYS).mkdir(parents=True, exist_ok=True)
-    (root / METADATA).mkdir(exist_ok=True)
-    rows, began = 0, time.perf_counter()
-    for shard in range(rank, plan.shards, world):
-        array = root / ARRAYS / f"img_emb_{shard:05}.npy"
-        numbers = range(shard * plan.rows, min((shard + 1) * plan.rows, plan.total))
-        if array.is_file():
-            report(len(numbers))
-            continue
-        parts: list[np.ndarray] = []
-        keys: list[str] = []
-        captions: list[str] = []
-        loader = DataLoader(
-            _Numbered(dataset, plan.seed, numbers), batch, num_workers=workers, collate_fn=list
-        )
-        for samples in loader:
-            images = torch.stack([sample.image for sample in samples]).to(clip.device)
-            z = clip.encode_image(images).float().cpu().half()  # (B, D)
-            if not bool(z.isfinite().all()):
-                raise DataError(f"{root}: the encoder gives embeddings beyond float16")
-            parts.append(z.numpy())
-            keys += [sample.key for sample in samples]
-            captions += [sample.caption for sample in samples]
-            rows += len(samples)
-            report(len(samples))
-        _write_metadata(root / METADATA / f"metadata_{shard:05}.parquet", keys, captions)
-        beside = array.with_suffix(".tmp")
-        with beside.open("wb") as file:
-            np.save(file, np.concatenate(parts), allow_pickle=False)
-        sync(beside)
-        os.replace(beside, array)
-    return rows / max(time.perf_counter() - began, 1e-9)
-
-
-def begin_cache(root: Path, clip: FrozenCLIP, plan: CachePlan) -> None:
-    """Say what the cache will be of. **Raises**: `ConfigError` if the folder holds another."""
-    ours = {"format": FORMAT, **vars(plan), "clip": clip.fingerprint.model_dump(mode="json")}
-    path = root / INDEX
-    if path.is_file():
-        there = read_json(path)
-        if "clip" in there:
-            encoder = parse_config(there["clip"], Fingerprint, str(path))
-            check_same_encoder(encoder, clip.fingerprint, str(root))
-        differ = [
-            f"{key} = {there.get(key)!r}, not {value!r}"
-            for key, value in ours.items()
-            if key != "clip" and there.get(key) != value
-        ]
-        if differ:
-            raise ConfigError(f"{root} holds embeddings with {'; '.join(differ)}: choose another")
-        return
-    if root.exists() and any(root.iterdir()):
-        raise ConfigError(f"{root} is not empty and has no {INDEX}; choose another folder")
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(path, ours)
-
-
-def finish_cache(root: Path) -> None:
-    """Enter mean and standard deviation of the raw embeddings, in one pass over the arrays."""
-    n, mean, squares = 0, np.float64(0), np.float64(0)  # Chan's update, shard by shard
-    for path in sorted((root / ARRAYS).glob("img_emb_*.npy")):
-        z = np.load(path, mmap_mode="r").astype(np.float64)
-        own = z.mean(0)
-        delta, total = own - mean, n + len(z)
-        squares = squares + ((z - own) ** 2).sum(0) + delta**2 * (n * len(z) / total)
-        mean, n = mean + delta * (len(z) / total), total
-    std = np.sqrt(squares / n)
-    index = read_json(root / INDEX)
-    write_json(root / INDEX, {**index, "mean": mean.tolist(), "std": std.tolist()})
+PROBED = 256  # rows whose norms are looked at
+SAME = 0.02  # of its length, by which one picture's embeddings may differ
+SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 class EmbeddingCache:
-    """A cache as a dataset: its samples hold an embedding (D,) where others hold a picture.
+    """A cache as a dataset: its samples hold z_image (D,) and no picture.
 
     **Raises**: `DataError` when it is incomplete or its files don't fit together.
     """
@@ -159,22 +58,19 @@ class EmbeddingCache:
         )
         self._check_shards(sorted(arrays), sorted(tables))
         self._arrays = [_open_array(arrays[number]) for number in sorted(arrays)]
-        self._keys, self._captions = _read_metadata([tables[number] for number in sorted(arrays)])
-        self._ends = list(accumulate(len(array) for array in self._arrays))
+        self._metadata = Metadata([tables[number] for number in sorted(arrays)])
+        self._ends = list(accumulate(array.shape[0] for array in self._arrays))
         self.width = self._arrays[0].shape[1]
-        for number, array in zip(sorted(arrays), self._arrays, strict=True):
+        for array, count in zip(self._arrays, self._metadata.counts, strict=True):
             if array.shape[1] != self.width:
                 raise DataError(
-                    f"{arrays[number]} has embeddings of width {array.shape[1]}, others here of "
+                    f"{array.path} has embeddings of width {array.shape[1]}, others here of "
                     f"{self.width}"
                 )
-        ends = list(accumulate(len(chunk) for chunk in self._captions.chunks))
-        if ends != self._ends:
-            shard = next(i for i, (a, b) in enumerate(zip(ends, self._ends, strict=True)) if a != b)
-            raise DataError(
-                f"{root}: shard {sorted(arrays)[shard]} has {len(self._arrays[shard])} embeddings "
-                f"but {len(self._captions.chunks[shard])} captions"
-            )
+            if array.shape[0] != count:
+                raise DataError(
+                    f"{array.path} has {array.shape[0]} embeddings but {count} captions"
+                )
 
     def _check_shards(self, arrays: list[int], tables: list[int]) -> None:
         if not arrays:
@@ -192,25 +88,65 @@ class EmbeddingCache:
         """A loader's worker maps the files itself, instead of being sent them."""
         return EmbeddingCache, (self.root,)
 
+    def place(self, index: int) -> str:
+        """The file that holds row `index`."""
+        return str(self._arrays[bisect_right(self._ends, index)].path)
+
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Row `index` with its one caption; the generator is not drawn from."""
+        z = self.embedding(index)
+        if not (caption := clean(self._metadata.caption(index))):
+            raise DataError(f"{self.place(index)}: row {index} of all has no caption", "no caption")
+        return Sample(None, caption, self.key(index), z)
+
+    def embedding(self, index: int) -> Tensor:
+        """That of one row. **Shapes**: → (D,). **Raises**: `DataError` if it isn't finite."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        z = self._row(index)
+        if not bool(z.isfinite().all()):
+            raise DataError(f"{self.place(index)}: row {index} of all is not finite", "not finite")
+        return z
+
+    def _row(self, index: int) -> Tensor:
         shard = bisect_right(self._ends, index)
         row = index - (self._ends[shard - 1] if shard else 0)
-        z = torch.from_numpy(self._arrays[shard][row].astype(np.float32))  # (D,)
-        if not bool(z.isfinite().all()):
-            raise DataError(f"{self.root}: row {row} of shard {shard} is not finite")
-        return Sample(z, self._captions[index].as_py() or "", self.key(index))
+        return torch.from_numpy(self._arrays[shard].row(row).astype(np.float32))  # (D,)
 
     def key(self, row: int) -> str:
         """The key of one row."""
-        return str(self._keys[int(row)].as_py())
+        return self._metadata.key(row)
 
-    def all_keys(self) -> Iterator[str]:
-        """The keys of all rows, in order."""
-        for chunk in self._keys.chunks:
-            yield from map(str, chunk.to_pylist())
+    def rows(self, key: str) -> Iterator[int]:
+        """The rows with that key, in order."""
+        hashes, rows = self._by_key
+        first, end = (np.searchsorted(hashes, np.uint64(hash_of(key)), s) for s in SIDES)
+        yield from (int(row) for row in rows[first:end] if self.key(row) == key)
+
+    @cached_property
+    def _by_key(self) -> np.ndarray:
+        return self._metadata.sorted_hashes()
+
+    def check_fit(self, fit: str) -> None:
+        """**Raises**: `ConfigError` if the embeddings are of other parts of the pictures."""
+        made = self.index.get("fit", "pad") if "data" in self.index else None  # None: not by us
+        if fit == "crop" or made not in (None, fit):
+            raise ConfigError(
+                f"data.fit = {fit}, but {self.root} has each picture's embedding with data.fit = "
+                f"{made or 'middle (or pad)'}: set that"
+            )
+
+    def check_raw(self, clip: FrozenCLIP) -> None:
+        """What a scale needs that does not normalise. **Raises**: `DataError` for unit vectors."""
+        chosen = range(0, len(self), -(-len(self) // PROBED))
+        z = torch.stack([self._row(index) for index in chosen])
+        check_raw(
+            z[z.isfinite().all(1)],
+            lambda: clip.norm,
+            f"the embeddings of {self.root}",
+            "set model.scale.normalize = true (with kind whiten) or model.scale.kind = unit in "
+            "prior and decoder, or write raw ones with train/embed.py",
+        )
 
     def check_encoder(self, clip: FrozenCLIP, name: str) -> None:
         """**Raises**: `CheckpointError` if another encoder made the embeddings."""
@@ -227,50 +163,77 @@ class EmbeddingCache:
 class Joined:
     """Pictures with their embeddings out of a cache, found by key.
 
-    Its keys are those that the dataset gives, as `train/embed.py` writes them, or img2dataset's:
-    the name of a sample without its shard. Of rows with one key, the first counts.
+    Its keys are those that the dataset gives, as `train/embed.py` writes them; shards of tar files
+    may also stand there by any path that leads to them, as earlier versions wrote it, or not at all
+    as img2dataset does. Of rows with one key the first counts, if they hold one embedding.
     """
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
         self.name, self.dataset, self.cache = dataset.name, dataset, cache
-        hashes = np.fromiter((hash(key) for key in cache.all_keys()), np.int64, len(cache))
-        self._rows = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._rows]  # 16 bytes a row with the line before
+        self._root = Path(getattr(self._inner, "root", ""))
+        made = str(cache.index.get("data", self.name))
+        ours, theirs = (os.path.realpath(fixed_part(spec)) for spec in (self.name, made))
+        if not (ours.startswith(theirs) or theirs.startswith(ours)):
+            warnings.warn(
+                f"{cache.name} was made of {made}, not of {self.name}: embeddings are taken by the "
+                "names of samples, which is right only if the same data lie there",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Joined, (self.dataset, self.cache)  # strings hash differently in a new process
-
     def get(self, index: int, generator: torch.Generator) -> Sample:
-        """Picture `index` with its embedding. **Raises**: `DataError` if the cache has none."""
+        """Picture `index` with its embedding.
+
+        **Raises**: `DataError` if the cache has none, or it isn't clear which.
+        """
         sample = self.dataset.get(index, generator)
-        for key in (sample.key, sample.key.rpartition(":")[2]):
-            row = self._row(key)
-            if row is not None:
-                return replace(sample, embed=self.cache.get(row, generator).image)
+        for key in _spellings(sample.key, self._root):
+            if rows := list(self.cache.rows(key)):
+                return replace(sample, z_image=self._only(sample, key, rows))
         raise DataError(f"{sample.key} has no embedding in {self.cache.name}", "no embedding")
 
-    def _row(self, key: str) -> int | None:
-        first, end = (np.searchsorted(self._hashes, hash(key), side) for side in ("left", "right"))
-        return next((int(row) for row in self._rows[first:end] if self.cache.key(row) == key), None)
+    def _only(self, sample: Sample, key: str, rows: list[int]) -> Tensor:
+        """What all rows of a key hold."""
+        found = [self.cache.embedding(row) for row in rows]
+        z = found[0]
+        one = all((other - z).norm() <= SAME * z.norm() for other in found)
+        if not one or (key != sample.key and self._is_shared(key)):
+            raise DataError(
+                f"{sample.key}: more than one picture is called {key}, and {self.cache.name} does "
+                "not say of which its embedding is; write it anew with train/embed.py",
+                "ambiguous",
+            )
+        return z
+
+    @property
+    def _inner(self) -> Dataset:
+        """What a `Tolerant` is around."""
+        return getattr(self.dataset, "dataset", self.dataset)
+
+    @cached_property
+    def _shared(self) -> np.ndarray:
+        """Hashes of names that samples of several shards have: 8 bytes a sample for a moment."""
+        hashes = np.array(getattr(self._inner, "key_hashes", []), np.uint64)
+        hashes.sort()
+        return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+
+    def _is_shared(self, key: str) -> bool:
+        place = np.searchsorted(self._shared, np.uint64(hash_of(key)))
+        return bool(place < len(self._shared) and self._shared[place] == hash_of(key))
 
 
-class _Numbered(TorchDataset[Sample]):
-    """Samples by their number in the cache, in this process or in a loader's worker."""
-
-    def __init__(self, dataset: Dataset, seed: int, numbers: range) -> None:
-        self.dataset, self.seed, self.numbers = dataset, seed, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> Sample:
-        number = self.numbers[place]
-        return self.dataset.get(
-            number % len(self.dataset), generator(self.seed, "embedding", number)
+def _spellings(key: str, root: Path) -> Iterator[str]:
+    """A sample's key as the cache may have it."""
+    shard, colon, name = key.rpartition(":")
+    yield key
+    if colon:
+        path = root / shard
+        yield from (
+            f"{same}:{name}" for same in (path, os.path.abspath(path), os.path.relpath(path))
         )
+        yield name
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
@@ -279,56 +242,45 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
-def _open_array(path: Path) -> np.ndarray:
+@dataclass(frozen=True)
+class _Array:
+    """Where the rows of a .npy file lie. They are read one by one: a mapping takes a descriptor."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+
+    def row(self, number: int) -> np.ndarray:
+        """**Shapes**: → (D,)."""
+        size = self.shape[1] * self.dtype.itemsize
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset + number * size)
+                return np.frombuffer(file.read(size), self.dtype)
+        except (OSError, ValueError) as error:
+            check_open_files(error)
+            raise DataError(f"row {number} of {self.path} can't be read: {error}") from None
+
+
+def _open_array(path: Path) -> _Array:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        check_open_files(error)
         raise DataError(f"{path} is not a whole .npy file: {error}") from None
     if array.ndim != 2 or array.dtype.kind != "f" or not len(array):
         raise DataError(
             f"{path} holds {array.dtype} of shape {array.shape}; expected floats (n, D)"
         )
-    return array
+    if not array.flags.c_contiguous:
+        raise DataError(f"{path} is stored column by column; save np.ascontiguousarray of it")
+    return _Array(path, array.offset, array.shape, array.dtype)
 
 
-def _write_metadata(path: Path, keys: list[str], captions: list[str]) -> None:
-    pa, pq = arrow()
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table({"key": keys, "caption": captions}), beside)
-    sync(beside)
-    os.replace(beside, path)
+def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
+    """Raw image embeddings of a batch, made of its pictures if it brings none.
 
-
-def _read_metadata(tables: list[Path]) -> tuple[Any, Any]:
-    """Keys and captions, each an array in one chunk a table: compact, and read in place."""
-    pa, pq = arrow()
-    keys, captions = [], []
-    for path in tables:
-        try:
-            names = pq.read_schema(path).names
-            key = next((name for name in KEY_COLUMNS if name in names), None)
-            caption = next((name for name in CAPTION_COLUMNS if name in names), None)
-            if key is None or caption is None:
-                raise DataError(
-                    f"{path} has the columns {', '.join(names)}; expected one of "
-                    f"{', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
-                )
-            table = pq.read_table(path, columns=[key, caption]).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} is not a whole parquet file: {error}") from None
-        keys.append(_only_chunk(pa, table[key]))
-        captions.append(_only_chunk(pa, table[caption]))
-    return pa.chunked_array(keys), pa.chunked_array(captions)
-
-
-def _only_chunk(pa: Any, column: Any) -> Any:
-    column = column.cast(pa.string())
-    return column.chunk(0) if column.num_chunks else pa.array([], pa.string())
-
-
-def as_embeddings(clip: FrozenCLIP, images: Tensor) -> Tensor:
-    """Raw image embeddings of what a dataset gave: pictures, or rows of a cache as they are.
-
-    **Shapes**: (B, 3, H, W) or (B, D) → (B, D) float32.
+    **Shapes**: → (B, D) float32.
     """
-    return images.float() if images.ndim == 2 else clip.encode_image(images).float()
+    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image

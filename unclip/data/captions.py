@@ -1,29 +1,103 @@
-"""Captions as they come in files: bytes, and rows of tables."""
+"""Captions as they come in files, one rule for every reader: what counts as one, which is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from unclip.errors import DataError
 
-KEYS = ("text", "caption")
+KEYS = ("text", "caption", "captions", "TEXT")
+MARKS = {  # the longer ones first: UTF-16's begins UTF-32's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+HALF = re.compile(r"[\ud800-\udfff]")
+ESCAPED = re.compile(r"[\udc80-\udcff]")
 
 
-def decode(data: bytes, name: object) -> str:
-    """UTF-8, with or without a mark. **Raises**: `DataError` naming the file."""
+@dataclass(frozen=True)
+class Columns:
+    """The columns of captions and of pictures, or their file names, where they have other names."""
+
+    caption: str | None = None
+    image: str | None = None
+
+
+USUAL = Columns()
+
+
+def decode(data: bytes) -> str:
+    """UTF-8, or what a mark at the beginning says; any other byte becomes a half surrogate."""
+    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error}", "not UTF-8") from None
+        return data.decode(marked)
+    except UnicodeDecodeError:
+        return data.decode("utf-8-sig", "surrogateescape")
+
+
+def check_text(text: str, name: object) -> str:
+    """What `decode` gave, if it is text. **Raises**: `DataError` naming where it stands."""
+    if ESCAPED.search(text) or "\0" in text:
+        raise DataError(f"{name} is not UTF-8 text, nor UTF-16 with a mark", "are not UTF-8")
+    return text
 
 
 def clean(caption: str) -> str:
-    """One line, with single spaces."""
-    return " ".join(caption.split())
+    """One line with single spaces; control characters are spaces, half surrogates become `�`."""
+    if HALF.search(caption):
+        caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(CONTROL.sub(" ", caption).split())
 
 
-def caption_of(row: Mapping[str, Any]) -> str:
-    """The caption in a row or JSON object; empty where there is none."""
-    values = (row.get(key) for key in KEYS)
-    return next((clean(value) for value in values if isinstance(value, str)), "")
+def printable(name: str) -> str:
+    """A file's name as a key: what is not UTF-8 in it, written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def hash_of(key: str) -> int:
+    """64 bits that are the same in every process."""
+    data = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def read_captions(data: bytes, name: object) -> list[str]:
+    """Those of a text file, one a line. **Raises**: `DataError` if it isn't text."""
+    return _all(re.split(r"[\r\n]+", check_text(decode(data), name)), name)
+
+
+def captions_of(row: Mapping[str, Any], column: str | None, name: object) -> list[str]:
+    """Those in a row of a table or in a JSON object; none where there is no text.
+
+    From the first of `KEYS` that has any, or from `column` alone: a text, a number, or a list.
+
+    **Raises**: `DataError` if it has bytes that aren't text.
+    """
+    keys = KEYS if column is None else (column,)
+    return next((found for key in keys if (found := _all(row.get(key), name))), [])
+
+
+def _all(value: Any, name: object) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [caption for one in value for caption in _all(one, name)]
+    if isinstance(value, bytes):
+        value = check_text(decode(value), name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    return [caption] if isinstance(value, str) and (caption := clean(value)) else []
+
+
+def draw(captions: Sequence[str], generator: torch.Generator) -> str:
+    """One of several; of one alone the generator draws nothing."""
+    several = len(captions) > 1
+    return captions[int(torch.randint(len(captions), (), generator=generator)) if several else 0]

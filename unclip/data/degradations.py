@@ -20,25 +20,24 @@ from unclip.images import to_pil, to_tensor
 Step = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def blur(low: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian blur of kernel 3 and sigma 0.6, as the 64 → 256 stage trains with.
+def blur(low: Tensor, sigma: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Gaussian blur of kernel 3 and a sigma from a range, as the 64 → 256 stage trains with.
 
-    The generator is not drawn from; it is there so that both degradations are called alike.
-
-    **Shapes**: (3, h, w) → (3, h, w), [-1, 1]. **Source**: SR3 (Saharia et al. 2021).
+    **Shapes**: (3, h, w) → (3, h, w), [-1, 1]. **Source**: SR3 (Saharia et al. 2021); the range:
+    cascaded diffusion (Ho et al. 2021), Section 3.2.
     """
-    return _convolve(low, gaussian_kernel(1, torch.eye(2) * 0.6**2))
+    drawn = sigma[0] + (sigma[1] - sigma[0]) * _uniform(generator)
+    return _convolve(low, gaussian_kernel(1, torch.eye(2) * drawn**2))
 
 
-def bsr(high: Tensor, size: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def bsr(high: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """BSR degradation to `size` pixels, as the 256 → 1024 stage trains with.
 
     Two blurs, a random resize down, the resize to `size`, noise and JPEG in random order, then a
-    final JPEG: the light variant that latent diffusion uses. `strength` multiplies the blur
-    widths, the noise and the loss of JPEG quality; 0 leaves plain resizing.
+    final JPEG: the light variant that latent diffusion uses.
 
     **Shapes**: high (3, H, H) → (3, size, size), [-1, 1].
-    **Raises**: `ConfigError` when `size` exceeds H or the strength is not in [0, 4].
+    **Raises**: `ConfigError` when `size` exceeds H.
     **Source**: Zhang et al. 2021 (arXiv 2103.14006), Section 3; constants of its light variant.
     """
     height, width = high.shape[-2:]
@@ -46,16 +45,14 @@ def bsr(high: Tensor, size: int, generator: torch.Generator, strength: float = 1
         raise ConfigError(
             f"can't degrade {height} x {width} to {size} x {size}: want a larger square"
         )
-    if not 0 <= strength <= 4:
-        raise ConfigError(f"BSR strength = {strength} must lie in [0, 4]")
     ratio = height / size
     steps: list[Step] = [
-        lambda x, g: _random_blur(x, ratio, strength, g),
-        lambda x, g: _random_blur(x, ratio, strength, g),
-        lambda x, g: _random_shrink(x, ratio, strength, g),
+        lambda x, g: _random_blur(x, ratio, g),
+        lambda x, g: _random_blur(x, ratio, g),
+        lambda x, g: _random_shrink(x, ratio, g),
         lambda x, g: _random_resize(x, size, g),
-        lambda x, g: _noise(x, strength, g),
-        lambda x, g: _random_jpeg(x, strength, g) if _uniform(g) < 0.9 else x,
+        _noise,
+        lambda x, g: _random_jpeg(x, g) if _uniform(g) < 0.9 else x,
     ]
     order = torch.randperm(len(steps), generator=generator).tolist()
     first, second = sorted((order.index(2), order.index(3)))
@@ -63,7 +60,7 @@ def bsr(high: Tensor, size: int, generator: torch.Generator, strength: float = 1
     x = high
     for k in order:
         x = steps[k](x, generator).clamp(-1, 1)
-    return _random_jpeg(x, strength, generator)
+    return _random_jpeg(x, generator)
 
 
 def gaussian_kernel(radius: int, covariance: Tensor) -> Tensor:
@@ -83,25 +80,25 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(padded, weight, groups=len(x))[0].contiguous()
 
 
-def _random_blur(x: Tensor, ratio: float, strength: float, g: torch.Generator) -> Tensor:
+def _random_blur(x: Tensor, ratio: float, g: torch.Generator) -> Tensor:
     """Half the time isotropic, else of random axes and angle; wider for larger ratios."""
     isotropic = _uniform(g) < 0.5
     turn = _uniform(g) * math.pi
     if isotropic:
-        sigma = strength * (2 + 0.2 * ratio) / 4 * _uniform(g)
+        sigma = (2 + 0.2 * ratio) / 4 * _uniform(g)
         variances = torch.tensor([sigma**2, sigma**2])
     else:
-        variances = strength**2 * (4 + ratio) / 4 * torch.rand(2, generator=g)
+        variances = (4 + ratio) / 4 * torch.rand(2, generator=g)
     variances = variances + 1e-3  # a width of nought has no inverse; this blurs nothing
     axes = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     radius = min(10, math.ceil(3 * float(variances.max().sqrt())))
     return _convolve(x, gaussian_kernel(radius, axes @ variances.diag() @ axes.T))
 
 
-def _random_shrink(x: Tensor, ratio: float, strength: float, g: torch.Generator) -> Tensor:
+def _random_shrink(x: Tensor, ratio: float, g: torch.Generator) -> Tensor:
     """Four times in five a resize down by a random factor, which may go below the final size."""
     happens = _uniform(g) < 0.8
-    factor = 1 + min(1.0, strength) * (2 * ratio - 1) * _uniform(g)
+    factor = 1 + (2 * ratio - 1) * _uniform(g)
     return _random_resize(x, max(1, round(x.shape[-1] / factor)), g) if happens else x
 
 
@@ -113,18 +110,16 @@ def _random_resize(x: Tensor, size: int, g: torch.Generator) -> Tensor:
     return F.interpolate(x[None], (size, size), mode=mode, antialias=True, align_corners=False)[0]
 
 
-def _noise(x: Tensor, strength: float, g: torch.Generator) -> Tensor:
+def _noise(x: Tensor, g: torch.Generator) -> Tensor:
     """Gaussian noise of 1 to 2 grey levels, coloured or grey."""
-    level = strength * (1 + _uniform(g)) / 127.5
+    level = (1 + _uniform(g)) / 127.5
     channels = 3 if _uniform(g) < 0.6 else 1
     return x + level * torch.randn(channels, *x.shape[-2:], generator=g)
 
 
-def _random_jpeg(x: Tensor, strength: float, g: torch.Generator) -> Tensor:
+def _random_jpeg(x: Tensor, g: torch.Generator) -> Tensor:
     """JPEG of quality 80 to 95."""
-    loss = strength * (5 + 15 * _uniform(g))
-    if loss == 0:
-        return x
+    loss = 5 + 15 * _uniform(g)
     file = io.BytesIO()
     to_pil(x).save(file, "JPEG", quality=round(100 - loss))
     with Image.open(file, formats=("JPEG",)) as image:

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip.data.sample import Sample, cache_folder
+from unclip.data.kept import cache_folder
+from unclip.data.sample import Sample
 from unclip.errors import DataError
 from unclip.files.disk import replacing
-from unclip.images import fit_square, from_array, load_image, to_rgb
+from unclip.images import fit_square, load_image, to_pixels, to_rgb
 from unclip.progress import progress_bar
 
 RASTER_SET = "fluent-3d"
@@ -84,7 +85,7 @@ class Emoji:
         """Picture `index`; in training the generator picks the caption's wording."""
         record = self.records[index]
         caption = self.caption(index) if self.split == "val" else vary_caption(record, generator)
-        return Sample(from_array(self.images(index)), caption, record["key"])
+        return Sample(to_pixels(self.images(index)), caption, record["key"])
 
     def caption(self, index: int) -> str:
         """The canonical caption, with which validation is done."""
@@ -189,8 +190,12 @@ def data_folder() -> Path:
 @lru_cache(maxsize=4)
 def read_records(root: Path) -> list[dict[str, Any]]:
     """All records of `samples.jsonl.gz` in file order: key, set, style, name, keywords, split …"""
-    with gzip.open(root / "samples.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    path = root / "samples.jsonl.gz"
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def archive_path(root: Path, set_name: str) -> Path:

@@ -13,36 +13,36 @@ from typing import Any
 
 import torch
 
-from unclip.data.captions import KEYS, clean
+from unclip.data.captions import KEYS, USUAL, Columns, captions_of, draw
 from unclip.data.sample import Sample
 from unclip.errors import ConfigError, DataError
-from unclip.images import fit_square, load_image, to_tensor
+from unclip.images import Fit
 from unclip.progress import without_bars
 
 PREFIX = "hf:"
-CAPTIONS = (*KEYS, "captions", "TEXT")
+PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")  # where several hold them
 
 
 class Rows:
     """Pictures and captions in the columns of a table; a list of captions gives one of them.
 
-    **Raises**: `DataError` when it has no column of pictures, or none of captions.
+    **Raises**: `DataError` when it has no column of pictures, several, or none of captions.
     """
 
-    def __init__(self, name: str, table: Any, resolution: int) -> None:
-        self.name, self.resolution = name, resolution
-        columns = list(table.features)
-        pictures = [column for column in columns if _holds_pictures(table.features[column])]
-        captions = [column for column in CAPTIONS if column in columns]
-        if not pictures or not captions:
+    def __init__(self, name: str, table: Any, fit: Fit, columns: Columns) -> None:
+        self.name, self.fit, self.columns = name, fit, columns
+        names = list(table.features)
+        captions = [c for c in ((columns.caption,) if columns.caption else KEYS) if c in names]
+        if not captions:
             raise DataError(
-                f"data {name} has the columns {', '.join(columns)}; expected one with pictures "
-                f"(encoded, not their names) and one of {', '.join(CAPTIONS)}"
+                f"data {name} has the columns {', '.join(names)}; expected captions in one of "
+                f"{columns.caption or ', '.join(KEYS)}: name their column as data.caption"
             )
-        self._picture, self._caption = pictures[0], captions[0]
-        self._table = _undecoded(table, self._picture).select_columns(
-            [self._picture, self._caption]
-        )
+        kinds = {c: table.features[c] for c in captions}
+        self._classes = {c: kind.names for c, kind in kinds.items() if hasattr(kind, "names")}
+        self._picture = _picture_column(name, table.features.arrow_schema, columns.image)
+        wanted = list(dict.fromkeys([self._picture, *captions]))
+        self._table = _undecoded(table, self._picture).select_columns(wanted)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -52,22 +52,28 @@ class Rows:
 
         **Raises**: `DataError` if its picture or its caption can't be used.
         """
-        row, label = self._table[index], f"{self.name}, row {index}"
+        key = f"row {index}"
+        label = f"{self.name}, {key}"
+        try:
+            row = self._table[index]
+        except UnicodeDecodeError:
+            raise DataError(f"{label} is not UTF-8 text", "are not UTF-8") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{label} can't be read: {error}", "unreadable") from None
+        for column, names in self._classes.items():  # numbers that stand for words
+            row[column] = None if row[column] is None else names[row[column]]
         data = row[self._picture]
         data = data.get("bytes") if isinstance(data, dict) else data
         if not data:
             raise DataError(f"{label} has no picture", "no picture")
-        captions = row[self._caption]
-        captions = [captions] if isinstance(captions, str) else captions or []
-        captions = [clean(text) for text in captions if isinstance(text, str) and text.strip()]
+        captions = captions_of(row, self.columns.caption, label)
         if not captions:
             raise DataError(f"{label} has an empty caption", "no caption")
-        drawn = torch.randint(len(captions), (), generator=generator) if captions[1:] else 0
-        image = fit_square(load_image(io.BytesIO(data), label), self.resolution)
-        return Sample(to_tensor(image), captions[int(drawn)], label)
+        caption = draw(captions, generator)
+        return Sample(self.fit.read(io.BytesIO(data), label), caption, key)
 
 
-def open_hub(spec: str, resolution: int) -> Rows:
+def open_hub(spec: str, fit: Fit, columns: Columns = USUAL) -> Rows:
     """`hf:owner/name`, `hf:owner/name:split` or `hf:owner/name#config:split`; split train if none.
 
     **Raises**: `DataError` when there is no such dataset, configuration or split.
@@ -75,17 +81,18 @@ def open_hub(spec: str, resolution: int) -> Rows:
     name, _, split = spec.removeprefix(PREFIX).partition(":")
     name, _, config = name.partition("#")
     options = {"name": config or None, "split": split or "train"}
-    return Rows(spec, _load(spec, lambda load: load(name, **options)), resolution)
+    return Rows(spec, _load(spec, lambda load: load(name, **options)), fit, columns)
 
 
-def open_parquet(spec: str, paths: Sequence[Path], resolution: int) -> Rows:
+def open_parquet(spec: str, paths: Sequence[Path], fit: Fit, columns: Columns = USUAL) -> Rows:
     """Parquet files with the pictures in them, one after the other.
 
     **Raises**: `DataError` when they aren't whole, or hold no pictures or captions.
     """
     files = [str(path) for path in paths]
     options = {"data_files": files, "split": "train"}
-    return Rows(spec, _load(spec, lambda load: load("parquet", **options)), resolution)
+    table = _load(spec, lambda load: load("parquet", **options))
+    return Rows(spec, table, fit, columns)
 
 
 def _load(spec: str, call: Callable[[Any], Any]) -> Any:
@@ -101,14 +108,34 @@ def _load(spec: str, call: Callable[[Any], Any]) -> Any:
         raise DataError(f"data {spec!r} can't be loaded: {cause}") from None
 
 
-def _holds_pictures(feature: Any) -> bool:
-    """Encoded pictures: an image feature, bytes, or what an image feature is made of."""
-    import datasets
+def holds_pictures(schema: Any) -> bool:
+    """Whether a column of a parquet file holds encoded pictures."""
+    return any(map(_is_picture, schema))
 
-    if isinstance(feature, dict):
-        feature = feature.get("bytes")
-    kind = getattr(feature, "dtype", None)
-    return isinstance(feature, datasets.Image) or kind in ("binary", "large_binary")
+
+def _picture_column(name: str, schema: Any, wanted: str | None) -> str:
+    """**Raises**: `DataError` when it is not clear which."""
+    found = [field.name for field in schema if _is_picture(field)]
+    usual = [column for column in PICTURES if column in found]
+    if wanted is not None:
+        found = [column for column in found if column == wanted]
+    elif usual:
+        found = usual[:1]
+    if len(found) == 1:
+        return str(found[0])
+    raise DataError(
+        f"data {name} has the columns {', '.join(schema.names)}; expected one with pictures "
+        f"(encoded, not their names){f' called {wanted}' if wanted else ''}"
+        f"{', not ' + ' and '.join(found) + ': name it as data.image' if found else ''}"
+    )
+
+
+def _is_picture(field: Any) -> bool:
+    """Bytes, or what an image feature is made of."""
+    kind = field.type
+    if hasattr(kind, "get_field_index") and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return str(kind) in ("binary", "large_binary")
 
 
 def _undecoded(table: Any, column: str) -> Any:

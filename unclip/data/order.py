@@ -1,13 +1,13 @@
 """Captioned pictures in training order: which sample comes when is arithmetic on global ids.
 
-B batch, R resolution, H and W crop size. Sample number `step * batch + slot` is the same whatever
-the number of processes, so one process or eight see the same pictures and a run resumes exactly.
+Sample number `step * batch + slot` is the same whatever the number of processes, so one process or
+eight see the same pictures and a run resumes exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from unclip.data.sample import Batch, Dataset, Sample
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, UnclipError
 from unclip.randomness import generator, permutation
+
+
+def _as_read(batch: Batch) -> Batch:
+    return batch
 
 
 def micro_batch(batch: int, accumulate: int, world: int) -> int:
@@ -43,11 +47,16 @@ def batches(
     accumulate: int = 1,
     crop: int | None = None,
     workers: int = 0,
+    made: Callable[[Batch], Batch] = _as_read,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Micro-batches of one process from `start_step` on, without end, in order.
 
     Step s holds the global ids s * batch … (s + 1) * batch - 1; micro-batch m of process `rank`
     takes slots (m * world + rank) * per … + per, where per = batch / (accumulate * world).
+    Pictures that are no squares, or with a `crop` all of them, are cut at random places. `made`
+    adds to a batch what can be made beside the pictures, in a loader's worker; `pin` leaves
+    batches where an accelerator fetches them while the CPU goes on.
 
     **Raises**: `ConfigError` when the batch can't be divided or the crop is too large.
     """
@@ -58,7 +67,8 @@ def batches(
         _ById(dataset, seed, crop),
         batch_sampler=_Slots(len(dataset), batch, seed, start_step, rank, world, accumulate),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_Join(made),
+        pin_memory=pin,
         generator=torch.Generator(),  # or it would draw from the default one, even at 0 workers
     )
     return _checked(loader)
@@ -66,14 +76,38 @@ def batches(
 
 def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, UnclipError):
             raise batch
         yield batch
 
 
+# Up to so many samples are shuffled as a whole. Of more, blocks of neighbours are, and then the
+# samples of each so many blocks: that takes no memory, and reads in few places at a time.
+WHOLE, BLOCK, BLOCKS = 2**20, 2**10, 2**6
+
+
+def index_of(seed: int, g: int, n: int) -> int:
+    """Which of n samples has global id g. Every pass is another permutation."""
+    epoch, place = divmod(g, n)
+    if n <= WHOLE:
+        return int(_permutation(seed, epoch, n)[place])
+    window, slot = divmod(place, BLOCK * BLOCKS)
+    first = window * BLOCK * BLOCKS
+    size = min(BLOCK * BLOCKS, n - first)
+    block, row = divmod(first + int(_window(seed, epoch, window, size)[slot]), BLOCK)
+    blocks = _permutation(seed, epoch, n // BLOCK)
+    # What is left after the last whole block keeps its place in the last window.
+    return (int(blocks[block]) if block < len(blocks) else block) * BLOCK + row
+
+
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n: int) -> Tensor:
+def _permutation(seed: int, epoch: int, n: int) -> Tensor:
     return permutation(seed, epoch, n)
+
+
+@lru_cache(maxsize=4)
+def _window(seed: int, epoch: int, window: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=generator(seed, "window", epoch, window))
 
 
 @dataclass(frozen=True)
@@ -94,12 +128,8 @@ class _Slots:
         while True:
             for micro in range(self.accumulate):
                 first = step * self.batch + (micro * self.world + self.rank) * per
-                yield [(g, self._index(g)) for g in range(first, first + per)]
+                yield [(g, index_of(self.seed, g, self.n)) for g in range(first, first + per)]
             step += 1
-
-    def _index(self, g: int) -> int:
-        epoch, place = divmod(g, self.n)
-        return int(_order(self.seed, epoch, self.n)[place])
 
 
 class _ById(TorchDataset[Any]):
@@ -108,40 +138,38 @@ class _ById(TorchDataset[Any]):
     def __init__(self, dataset: Dataset, seed: int, crop: int | None) -> None:
         self.dataset, self.seed, self.crop = dataset, seed, crop
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Sample] | DataError:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, Sample] | UnclipError:
         g, index = item
         try:
             sample = self.dataset.get(index, generator(self.seed, "data", g))
-        except DataError as error:
+            self._check_crop(sample)
+        except UnclipError as error:
             return error  # raised in the main process: from a worker it would be a traceback
-        if self.crop is not None:
-            image = _random_crop(sample.image, self.crop, generator(self.seed, "crop", g))
-            sample = replace(sample, image=image)
-        return g, sample
+        return g, sample.cut(self.crop, generator(self.seed, "crop", g))
+
+    def _check_crop(self, sample: Sample) -> None:
+        if self.crop is None:
+            return
+        if sample.pixels is None:
+            raise ConfigError(
+                f"data.crop = {self.crop}, but {self.dataset.name} holds embeddings, not pictures"
+            )
+        height, width = sample.pixels.shape[-2:]
+        if self.crop > min(height, width):
+            raise ConfigError(
+                f"data.crop = {self.crop} is larger than the pictures, {height} x {width} "
+                "(data.resolution)"
+            )
 
 
-def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """**Shapes**: (3, H, W) → (3, size, size)."""
-    height, width = image.shape[-2:]
-    if size > min(height, width):
-        raise ConfigError(
-            f"data.crop = {size} is larger than the pictures, {height} x {width} (data.resolution)"
-        )
-    top = int(torch.randint(height - size + 1, (), generator=generator))
-    left = int(torch.randint(width - size + 1, (), generator=generator))
-    return image[:, top : top + size, left : left + size]
+class _Join:
+    """Samples to a batch, where they were read, with what else is `made` of it there."""
 
+    def __init__(self, made: Callable[[Batch], Batch]) -> None:
+        self.made = made
 
-def _collate(items: list[Any]) -> Batch | DataError:
-    errors = [item for item in items if isinstance(item, DataError)]
-    if errors:
-        return errors[0]
-    samples = [sample for _, sample in items]
-    embeds = [sample.embed for sample in samples if sample.embed is not None]
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        captions=[sample.caption for sample in samples],
-        ids=torch.tensor([g for g, _ in items]),
-        keys=[sample.key for sample in samples],
-        embeds=torch.stack(embeds) if embeds else None,
-    )
+    def __call__(self, items: list[Any]) -> Batch | UnclipError:
+        errors = [item for item in items if isinstance(item, UnclipError)]
+        if errors:
+            return errors[0]
+        return self.made(Batch.of([sample for _, sample in items], [g for g, _ in items]))

@@ -1,60 +1,54 @@
-"""A person's own captioned pictures: folders with captions beside them, and tables of captions.
+"""A person's own captioned pictures: what a path names.
 
-R resolution. Pictures of any size and mode are padded to a square on white and resized with
-antialiasing. Nothing is unpickled, and names in tables can't lead out of their folder.
+Pictures of any size and mode become pixels by `Fit`. Nothing is unpickled, and names in tables
+can't lead out of their folder.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
-import io
-import json
+import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from unclip.data.captions import KEYS, caption_of, clean, decode
-from unclip.data.hub import open_parquet
-from unclip.data.sample import Dataset, Sample
+from unclip.data.captions import USUAL, Columns
+from unclip.data.folders import files_below, fixed_part, with_suffix
+from unclip.data.hub import holds_pictures, open_parquet
+from unclip.data.pictures import Files, read_folder
+from unclip.data.sample import Dataset
 from unclip.data.shards import Shards
-from unclip.errors import ConfigError, DataError
-from unclip.images import SUFFIXES, fit_square, load_image, to_tensor
+from unclip.data.tables import FILE_NAME, TABLES, read_table, schema
+from unclip.errors import DataError
+from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = [f"metadata{suffix}" for suffix in TABLES]
 
 
-def open_path(spec: str, resolution: int) -> Dataset:
+def open_path(spec: str, fit: Fit, columns: Columns = USUAL) -> Dataset:
     """A folder, a table or tar shards as a dataset; see `open_dataset`.
 
-    **Raises**: `DataError` when nothing is there, pictures lack captions, or a shard is damaged.
+    **Raises**: `DataError` when nothing is there, more than 5 % of the pictures lack captions, or
+    of the shards are damaged.
     """
     path = Path(spec)
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        tables = [path / name for name in TABLES if (path / name).is_file()]
-        if tables:
-            return Files(spec, _read_table(tables[0]), resolution)
-        return Shards(spec, shards, resolution) if shards else _open_folder(path, resolution)
-    if path.is_file() and path.suffix in (".jsonl", ".csv", ".parquet"):
-        if path.suffix == ".parquet" and "file_name" not in _columns(path):
-            return open_parquet(spec, [path], resolution)
-        return Files(spec, _read_table(path), resolution)
-    parts = {part: _matches(part) for part in expand_braces(spec)}
+        return _open_folder(spec, fit, columns)
+    if path.is_file() and path.suffix.lower() in TABLES:
+        return _open_table(spec, path, fit, columns)
+    literal = path.is_file()  # whatever signs are in its name
+    parts = {spec: [spec]} if literal else {part: _matches(part) for part in expand_braces(spec)}
     found = [Path(name) for names in parts.values() for name in names]
     missing = [part for part, names in parts.items() if not names]
-    if found and all(shard.suffix == ".tar" for shard in found):
-        return Shards(spec, found, resolution, missing)
-    if found and all(table.suffix == ".parquet" for table in found):
+    if found and all(shard.suffix.lower() == ".tar" for shard in found):
+        root = os.path.dirname(spec if literal else fixed_part(spec)) or "."
+        return Shards(spec, found, fit, Path(root), missing, columns)
+    if found and all(table.suffix.lower() == ".parquet" for table in found):
         if missing:
             raise DataError(f"data {spec!r}: {missing[0]} is not there")
-        return open_parquet(spec, found, resolution)
+        return open_parquet(spec, found, fit, columns)
     if found:
         raise DataError(f"data {spec!r}: {found[0]} is no folder, .jsonl, .csv, .parquet or .tar")
     near = difflib.get_close_matches(spec, BUILT_IN, n=1, cutoff=0.6)
@@ -62,139 +56,56 @@ def open_path(spec: str, resolution: int) -> Dataset:
     raise DataError(f"data {spec!r}: no such folder, file or dataset ({hint})")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture file, its caption, and the name under which it is reported."""
-
-    path: Path
-    caption: str
-    key: str
-
-
-class Files:
-    """Pictures in separate files."""
-
-    def __init__(self, name: str, pictures: Sequence[Picture], resolution: int) -> None:
-        self.name, self.pictures, self.resolution = name, pictures, resolution
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def place(self, index: int) -> str:
-        """The file of picture `index`."""
-        return str(self.pictures[index].path)
-
-    def get(self, index: int, generator: torch.Generator) -> Sample:
-        """Picture `index` with its one caption; the generator is not drawn from."""
-        picture = self.pictures[index]
-        image = fit_square(load_image(picture.path), self.resolution)
-        return Sample(to_tensor(image), picture.caption, picture.key)
-
-
-def _open_folder(root: Path, resolution: int) -> Dataset:
-    """Pictures in a folder and the folders below it, each with its caption in a .txt beside it;
-    without any, the parquet files of the folder, which should hold them."""
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths and (tables := sorted(root.glob("*.parquet"))):
-        return open_parquet(str(root), tables, resolution)
-    if not paths:
-        raise DataError(f"no JPEG, PNG or WebP pictures in {root}")
-    pictures, missing = [], []
-    for path in paths:
-        key = path.relative_to(root).as_posix()
-        sidecar = path.with_suffix(".txt")
-        caption = clean(decode(sidecar.read_bytes(), sidecar)) if sidecar.is_file() else ""
-        if caption:
-            pictures.append(Picture(path, caption, key))
-        else:
-            missing.append(key)
-    _complain(
-        missing, len(paths), f"in {root} have no caption; write it to a .txt of the same name"
-    )
-    return Files(str(root), pictures, resolution)
+def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
+    """By what lies in it: a table called metadata, tar files, or in the folders below, too, tables,
+    pictures, parquet files that hold pictures, tar files."""
+    root = Path(spec)
+    for table in filter(os.path.isfile, (root / name for name in METADATA)):
+        return _open_table(spec, table, fit, columns)
+    files = files_below(root)
+    pictures, shards = with_suffix(files, *SUFFIXES), with_suffix(files, ".tar")
+    here = [shard for shard in shards if shard.parent == root]
+    if here and pictures:
+        warnings.warn(
+            f"data {spec}: of this folder the {len(here)} tar files are read, not the "
+            f"{len(pictures)} pictures beside them",
+            stacklevel=4,
+        )
+    if here:
+        return Shards(spec, here, fit, root, columns=columns)
+    if tables := [path for path in files if path.name in METADATA[:2]]:
+        tables = _for_training(spec, root, tables)
+        return Files(spec, [p for t in tables for p in read_table(t, columns, root)], fit)
+    if pictures:
+        return Files(spec, read_folder(root, files), fit)
+    if parquet := with_suffix(files, ".parquet"):
+        return open_parquet(spec, _for_training(spec, root, parquet), fit, columns)
+    if shards:
+        return Shards(spec, shards, fit, root, columns=columns)
+    raise DataError(f"no JPEG, PNG or WebP pictures in {root}, nor tar or parquet files with them")
 
 
-def _read_table(table: Path) -> list[Picture]:
-    """`file_name` and `text` (or `caption`) from the lines of a .jsonl, the rows of a .csv or
-    .parquet."""
-    root = table.parent.resolve()
-    pictures: list[Picture] = []
-    unnamed: list[str] = []
-    absent: list[str] = []
-    for place, row in _rows(table):
-        name, caption = row.get("file_name"), caption_of(row)
-        if not isinstance(name, str) or not name:
-            raise DataError(f"{place} has no file_name; it has {', '.join(map(str, row))}")
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise DataError(f"{place}: file_name {name!r} leads out of {root}")
-        if not caption:
-            unnamed.append(name)
-        elif not path.is_file():
-            absent.append(name)
-        else:
-            pictures.append(Picture(path, caption, name))
-    total = len(pictures) + len(unnamed) + len(absent)
-    if not total:
-        raise DataError(f"{table} lists no pictures")
-    _complain(unnamed, total, f"in {table} have no caption; give it as text or caption")
-    _complain(absent, total, f"of {table} are not in {root}")
-    return pictures
+def _open_table(spec: str, table: Path, fit: Fit, columns: Columns) -> Dataset:
+    if table.suffix.lower() == ".parquet":
+        held = schema(table)
+        if holds_pictures(held) or (columns.image or FILE_NAME) not in held.names:
+            return open_parquet(spec, [table], fit, columns)
+    return Files(spec, read_table(table, columns), fit)
 
 
-def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place for error messages."""
-    if table.suffix == ".parquet":
-        yield from _parquet_rows(table)
-        return
-    text = decode(table.read_bytes(), table)
-    if table.suffix == ".csv":
-        for number, cells in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
-            yield f"{table}, row {number}", cells
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"{table}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{place} must be a JSON object, not {type(row).__name__}")
-        yield place, row
-
-
-def _parquet_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    pa, pq = arrow()
-    number = 0
-    try:
-        file = pq.ParquetFile(table)
-        wanted = [name for name in ("file_name", *KEYS) if name in file.schema_arrow.names]
-        for part in file.iter_batches(columns=wanted):
-            for row in part.to_pylist():
-                number += 1
-                yield f"{table}, row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{table} is not a whole parquet file: {error}") from None
-
-
-def _columns(table: Path) -> list[str]:
-    pa, pq = arrow()
-    try:
-        return list(pq.read_schema(table).names)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{table} is not a whole parquet file: {error}") from None
-
-
-def arrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet. **Raises**: `ConfigError` if they are not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError("parquet files need pyarrow: pip install 'unclip[train]'") from None
-    return pyarrow, pyarrow.parquet
+def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
+    """Where some files are called train, as in datasets of the hub, others are held out."""
+    train = [
+        path
+        for path in tables
+        if re.search(r"(?<![a-z])train(?![a-z])", str(path.relative_to(root)).lower())
+    ]
+    if train and len(train) < len(tables):
+        warnings.warn(
+            f"data {spec}: {len(train)} of {len(tables)} tables are called train, and read",
+            stacklevel=5,
+        )
+    return train or tables
 
 
 def expand_braces(text: str) -> list[str]:
@@ -216,10 +127,4 @@ def _matches(pattern: str) -> list[str]:
     """Files that match; one of several that a brace names must exist."""
     if glob.has_magic(pattern):
         return sorted(glob.glob(pattern))
-    return [pattern] if Path(pattern).is_file() else []
-
-
-def _complain(names: Sequence[str], total: int, what: str) -> None:
-    if names:
-        more = " …" if len(names) > 3 else ""
-        raise DataError(f"{len(names)} of {total} pictures {what}: {', '.join(names[:3])}{more}")
+    return [pattern] if os.path.isfile(pattern) else []

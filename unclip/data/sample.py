@@ -1,18 +1,19 @@
 """What a dataset is: captioned pictures by number, alone and in batches.
 
-B batch, R resolution, H and W crop size, D CLIP embedding.
+B batch, H and W a picture's sides, h and w those of its small copy, D CLIP embedding.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from unclip.images import crop, from_pixels
 from unclip.randomness import generator
 
 MAX_BAD = 0.05  # the share of samples, or shards, that may be unusable
@@ -22,17 +23,39 @@ MAX_BAD = 0.05  # the share of samples, or shards, that may be unusable
 class Sample:
     """One captioned picture, or from a cache its embedding, or both.
 
-    **Shapes**: image (3, R, R) float32 in [-1, 1], or (D,) float32; embed (D,) float32.
+    **Shapes**: pixels (3, H, W), uint8, or float32 in [-1, 1] where they were computed; z_image
+    (D,) float32.
     """
 
-    image: Tensor
+    pixels: Tensor | None
     caption: str
     key: str
-    embed: Tensor | None = None
+    z_image: Tensor | None = None
+
+    @property
+    def image(self) -> Tensor:
+        """**Shapes**: (3, H, W) float32 in [-1, 1]."""
+        assert self.pixels is not None, "a cache holds no pictures"
+        return from_pixels(self.pixels)
+
+    def cut(self, size: int | None = None, generator: torch.Generator | None = None) -> Sample:
+        """With a square of the picture, at random or its middle: see `images.crop`.
+
+        Without a `size` it is as large as the picture lets it be.
+        """
+        if self.pixels is None:
+            return self
+        size = min(self.pixels.shape[-2:]) if size is None else size
+        if self.pixels.shape[-2:] == (size, size):
+            return self
+        return replace(self, pixels=crop(self.pixels, size, generator))
 
 
 class Dataset(Protocol):
-    """Pictures by number; `get` is a pure function of the number and the generator's state."""
+    """Pictures by number; `get` is a pure function of the number and the generator's state.
+
+    They are squares, or with `data.fit = crop` of one height or width: who asks cuts (`cut`).
+    """
 
     name: str
 
@@ -45,31 +68,53 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """**Shapes**: images (B, 3, H, W) float32 in [-1, 1], or (B, D) embeddings from a cache; ids
-    (B,) int64 global sample ids; embeds (B, D) of pictures that come with them."""
+    """**Shapes**: ids (B,) int64 global sample ids; what there is of pixels (B, 3, H, W), uint8 or
+    float32 in [-1, 1]; z_image (B, D); low_res (B, 3, h, w) and noise (B, 3, H, W) of upsamplers.
+    """
 
-    images: Tensor
     captions: list[str]
     ids: Tensor
-    keys: list[str]
-    embeds: Tensor | None = None
+    pixels: Tensor | None = None
+    z_image: Tensor | None = None
+    low_res: Tensor | None = None
+    noise: Tensor | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], ids: Sequence[int] = ()) -> Batch:
+        """Samples that are alike in shape and in what they have."""
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        z_image = [sample.z_image for sample in samples if sample.z_image is not None]
+        return cls(
+            captions=[sample.caption for sample in samples],
+            ids=torch.tensor(ids, dtype=torch.int64),
+            pixels=torch.stack(pixels) if pixels else None,
+            z_image=torch.stack(z_image) if z_image else None,
+        )
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    @cached_property
+    def images(self) -> Tensor:
+        """The pictures, converted where they are. **Shapes**: (B, 3, H, W) float32 in [-1, 1]."""
+        assert self.pixels is not None, "a cache holds no pictures"
+        return from_pixels(self.pixels)
+
     def to(self, device: torch.device | str) -> Batch:
-        """The images on another device; ids stay on the CPU, where random numbers are drawn."""
-        images = self.images.to(device, non_blocking=True)
-        embeds = None if self.embeds is None else self.embeds.to(device, non_blocking=True)
-        return replace(self, images=images, embeds=embeds)
+        """On another device; ids stay on the CPU, where random numbers are drawn."""
+        moved = {name: x.to(device, non_blocking=True) for name, x in self._movable().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """In memory from which a GPU copies while the CPU goes on; the loader calls this."""
+        pinned = {name: x.pin_memory() for name, x in self._movable().items()}
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+    def _movable(self) -> dict[str, Tensor]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: x for k, x in parts.items() if isinstance(x, Tensor) and k != "ids"}
 
 
-def fixed(dataset: Dataset, index: int) -> Sample:
-    """Picture `index` with the same wording and augmentation every time."""
-    return dataset.get(index, generator(0, "preview", index))
-
-
-def cache_folder(what: str) -> Path:
-    """Where things made from data are kept: `$UNCLIP_CACHE`, or `~/.cache/unclip`."""
-    chosen = os.environ.get("UNCLIP_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "unclip") / what
+def fixed(dataset: Dataset, index: int, own: torch.Generator | None = None) -> Sample:
+    """The middle of picture `index`, with the same wording every time unless `own` draws it."""
+    return dataset.get(index, own or generator(0, "preview", index)).cut()

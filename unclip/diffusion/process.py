@@ -88,6 +88,15 @@ class GaussianDiffusion:
         a, s = self._scales(t, x0)
         return a * x0 + s * noise
 
+    def renoise(self, x: Tensor, s: int, t: int, noise: Tensor) -> Tensor:
+        """From timestep s back up to a noisier t: q(x_t | x_s). **Shapes**: (B, *) → (B, *)."""
+        ratio = float(self.alpha_bar[t] / self.alpha_bar[s])
+        return ratio**0.5 * x + (1 - ratio) ** 0.5 * noise.to(x.device, x.dtype)
+
+    def levels(self, signal: float) -> int:
+        """How many timesteps keep at least this share √ᾱ of the signal."""
+        return int((self.alpha_bar.sqrt() >= signal).sum())
+
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict (v: Salimans & Ho 2022). **Shapes**: → (B, *)."""
         if self.config.target == "x0":

@@ -109,16 +109,22 @@ def denoise(
     x_T: Tensor,
     generators: Sequence[torch.Generator],
     after: Callable[[Tensor, int | None], Tensor] | None = None,
+    *,
+    levels: int | None = None,
+    repeats: int = 1,
 ) -> Iterator[Step]:
     """Go from x_T to x_0; the last step's x is the sample.
 
     Row k depends on its own generator (CPU, float32) and never on its neighbours: one draw a step
     where the sampler is stochastic. `after(x, t)` may put another x in the place of what a step has
-    led to, at timestep t or, where that is None, finished.
+    led to, at timestep t or, where that is None, finished. x_T stands at timestep levels - 1, at
+    the noisiest where that is None. `repeats` above 1 takes every step but the last so many times,
+    with the noise put back in between, so that what `after` puts in and what is drawn agree
+    (RePaint, Lugmayr et al. 2022); for samplers of one step, ddpm and ddim.
 
     **Shapes**: x_T (B, *) float32, generators B.
     """
-    scheduler, timesteps = make_scheduler(diffusion, config.sampler, config.steps)
+    scheduler, timesteps = make_scheduler(diffusion, config.sampler, config.steps, levels)
     noise: dict[str, Any] = {"generator": list(generators)}
     if config.sampler == "ddim":
         noise["eta"] = config.eta
@@ -127,11 +133,14 @@ def denoise(
     x = x_T
     following = [*timesteps[1:], None]
     for index, t, then in zip(scheduler.timesteps, timesteps, following, strict=True):
-        x0, variance = guess(x, t)
-        given = x0
-        if variance is not None and config.sampler == "ddpm":
-            given = torch.cat([x0, variance], 1)  # the scheduler splits it off again
-        x = scheduler.step(given, index, x, **noise, return_dict=False)[0]
-        if after is not None:
-            x = after(x, then)
+        for left in reversed(range(1 if then is None else repeats)):
+            x0, variance = guess(x, t)
+            given = x0
+            if variance is not None and config.sampler == "ddpm":
+                given = torch.cat([x0, variance], 1)  # the scheduler splits it off again
+            x = scheduler.step(given, index, x, **noise, return_dict=False)[0]
+            if after is not None:
+                x = after(x, then)
+            if left and then is not None:
+                x = diffusion.renoise(x, then, t, starting_noise(x.shape[1:], generators))
         yield Step(x, then, x0)

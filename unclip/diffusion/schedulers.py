@@ -41,22 +41,38 @@ class Ancestral(UnCLIPScheduler):
         return super().step(x0, timestep, sample, **options)
 
 
-def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tuple[Any, list[int]]:
-    """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
-
-    **Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has.
-    """
+def check_sampler(
+    diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
+) -> None:
+    """**Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has."""
     if sampler not in get_args(SamplerName):
         known = ", ".join(get_args(SamplerName))
         raise ConfigError(f"unknown sampler {sampler!r}; choose one of {known}")
-    total = diffusion.config.steps
+    total = diffusion.config.steps if levels is None else levels
     if not 1 <= steps <= total:
         raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
+    if sampler in ("dpm++", "unipc") and steps >= (usable := _usable(diffusion, total)):
+        raise ConfigError(
+            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
+        )
+
+
+def make_scheduler(
+    diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
+) -> tuple[Any, list[int]]:
+    """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
+
+    With `levels` it begins at timestep levels - 1, where x_T then stands, instead of the noisiest.
+
+    **Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has.
+    """
+    check_sampler(diffusion, sampler, steps, levels)
+    total = diffusion.config.steps if levels is None else levels
     common: dict[str, Any] = {"prediction_type": "sample"}
     if sampler == "ddpm":
         learned = diffusion.config.learned_variance
         scheduler: Any = Ancestral(
-            num_train_timesteps=total,
+            num_train_timesteps=diffusion.config.steps,
             variance_type="learned_range" if learned else "fixed_small_log",
             clip_sample=False,
             **common,
@@ -64,10 +80,10 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
         scheduler.betas = diffusion.betas.float()
         scheduler.alphas = 1 - scheduler.betas
         scheduler.alphas_cumprod = diffusion.alpha_bar.float()
-        if steps > 1:
+        if levels is not None or steps == 1:  # at one step UnCLIPScheduler would divide by zero
+            scheduler.timesteps = torch.linspace(total - 1, 0, steps).round().long()
+        else:
             scheduler.set_timesteps(steps)
-        else:  # one starts at the noisy end; UnCLIPScheduler would divide by zero
-            scheduler.timesteps = torch.tensor([total - 1])
         return scheduler, scheduler.timesteps.tolist()
     if sampler == "ddim":
         # DDIM steps by total // steps whatever its timesteps say, so give it a schedule of `steps`
@@ -84,12 +100,7 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
         )
         scheduler.set_timesteps(steps)
         return scheduler, kept.tolist()
-    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
-    usable = int((lambdas >= LAMBDA_MIN).sum())
-    if steps >= usable:
-        raise ConfigError(
-            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
-        )
+    usable = _usable(diffusion, total)
     kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
     scheduler = kind(
         num_train_timesteps=usable,
@@ -99,3 +110,9 @@ def make_scheduler(diffusion: GaussianDiffusion, sampler: str, steps: int) -> tu
     )
     scheduler.set_timesteps(steps)
     return scheduler, scheduler.timesteps.tolist()
+
+
+def _usable(diffusion: GaussianDiffusion, total: int) -> int:
+    """How many of so many timesteps, from the cleanest on, the multistep solvers can work with."""
+    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
+    return min(total, int((lambdas >= LAMBDA_MIN).sum()))

@@ -12,6 +12,7 @@ Kandinsky's priors call two of them `scheduler` and `image_processor`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from unclip.errors import CheckpointError
 from unclip.files.disk import read_json
 from unclip.files.folder import CONFIG
-from unclip.files.tensors import TensorFile
+from unclip.files.tensors import Shards, TensorFile
 
 PIPELINE = "model_index.json"  # of diffusers' folders, Karlo's among them
 
@@ -54,6 +55,7 @@ CLASSES = {
     LAST: ("diffusers", "UNet2DModel"),
     UPSAMPLER_STEPS: ("diffusers", "UnCLIPScheduler"),
 }
+NO_VARIANTS = "{} has no variants: only folders in diffusers' layout have"
 ALIASES = {"scheduler": PRIOR_STEPS, "image_processor": PROCESSING}
 PIPELINES = (
     "UnCLIPPipeline, UnCLIPImageVariationPipeline (Karlo), KandinskyPriorPipeline, "
@@ -64,14 +66,16 @@ PIPELINES = (
 class Folder:
     """A folder in this layout; opening it reads the index and nothing else.
 
+    `variant` names the copy of the weights that is read, such as fp16, where there are several.
+
     An image tower may lie beside the parts that the index names: text-to-image pipelines have no
     place for one.
 
     **Raises**: `CheckpointError` if a part that the index names is missing, or not ours to read.
     """
 
-    def __init__(self, root: Path, *, allow_pickle: bool = False):
-        self.root, self.allow_pickle = root, allow_pickle
+    def __init__(self, root: Path, *, variant: str | None = None, allow_pickle: bool = False):
+        self.root, self.variant, self.allow_pickle = root, variant, allow_pickle
         index = read_json(root / PIPELINE)
         named = {
             name: entry[1]
@@ -107,21 +111,39 @@ class Folder:
         return read_json(path), str(path)
 
     def weights(self, part: str) -> list[Path]:
-        """The safetensors files of a part."""
-        return sorted(self.parts[part].glob("*.safetensors"))
+        """The safetensors files that `tensors` reads: one, or its shards; none where it has none.
 
-    def tensors(self, part: str, name: str = WEIGHTS) -> Mapping[str, Tensor]:
+        **Raises**: `CheckpointError` if the index of the shards is damaged.
+        """
+        folder, name = self.parts[part], _weights_name(part)
+        if (whole := folder / self._varied(name)).is_file():
+            return [whole]
+        index = folder / self._varied(f"{name}.index.json")
+        if not index.is_file():
+            return []
+        named = read_json(index).get("weight_map")
+        shards = set(named.values()) if isinstance(named, dict) else set()
+        if not shards or any(Path(str(shard)).name != shard for shard in shards):
+            raise CheckpointError(f"{index} does not say which files beside it hold the weights")
+        return [folder / shard for shard in sorted(shards)]
+
+    def tensors(self, part: str) -> Mapping[str, Tensor]:
         """A part's weights, not read yet but for the header.
 
-        **Raises**: `CheckpointError` if they are missing, damaged, or a pickle.
+        **Raises**: `CheckpointError` if they are missing, damaged, or a pickle; it says what lies
+        there instead.
         """
-        path = self.parts[part] / name
-        pickled = path.with_name(PICKLES[name])
-        if path.is_file() or not pickled.is_file():
-            return TensorFile(path)
+        folder, name = self.parts[part], _weights_name(part)
+        if files := self.weights(part):
+            return TensorFile(files[0]) if len(files) == 1 else Shards(files)
+        pickled = folder / self._varied(PICKLES[name])
+        if not pickled.is_file():
+            raise CheckpointError(
+                f"no weights at {folder / self._varied(name)}{_instead(folder, name)}"
+            )
         if not self.allow_pickle:
             raise CheckpointError(
-                f"{path.parent} has only {pickled.name}, a pickle, which could run any code when "
+                f"{folder} has only {pickled.name}, a pickle, which could run any code when "
                 "it is loaded; if you trust it, convert it once: "
                 "python sample.py convert FOLDER OUT --allow-pickle"
             )
@@ -130,3 +152,23 @@ class Folder:
             return dict(torch.load(pickled, map_location="cpu", weights_only=True, mmap=True))
         except Exception as error:  # whatever a damaged pickle provokes
             raise CheckpointError(f"{pickled} can't be used: {error}") from None
+
+    def _varied(self, name: str) -> str:
+        """A file's name in the variant that is read: `model.fp16.safetensors`."""
+        if self.variant is None:
+            return name
+        stem, suffix = name.rsplit(".", 1)
+        return f"{stem}.{self.variant}.{suffix}"
+
+
+def _instead(folder: Path, name: str) -> str:
+    """What weights there are in place of a file of this name, and how to ask for them."""
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    match = [re.match(rf"{name.split('.')[0]}\.(\w+)[.-]", file) for file in there]
+    variants = sorted({found[1] for found in match if found})
+    ask = f"; --variant {' or '.join(variants)} reads those" if variants else ""
+    return f", but {', '.join(there)}{ask}" if there else ""
+
+
+def _weights_name(part: str) -> str:
+    return TOWER_WEIGHTS if CLASSES[part][0] == "transformers" else WEIGHTS

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, ConfigError
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -67,3 +68,48 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def from_home(path: str | Path) -> Path:
+    """The path, where `~` at its beginning is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
+def check_writable(path: Path, name: str) -> None:
+    """See that a file or a folder can be made at `path`, and leave nothing behind.
+
+    **Raises**: `ConfigError` that calls the place by `name`, an option or a key.
+    """
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+        if not there.is_dir():
+            raise NotADirectoryError(None, f"{there} is no folder")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"can't write into {path}: {error.strerror or error}; choose another {name}"
+        ) from None
+
+
+def write_new(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write a file under a name that no other has: `path`, or with -1, -2, … after its stem.
+
+    The name is taken first, so that two processes never get the same one; `write` is given a path
+    beside it. Where it fails, the name is given back.
+    """
+    free, number = path, 0
+    while True:
+        try:
+            free.open("xb").close()
+            break
+        except FileExistsError:
+            number += 1
+            free = path.with_stem(f"{path.stem}-{number}")
+    try:
+        with replacing(free) as beside:
+            write(beside)
+    except BaseException:
+        free.unlink(missing_ok=True)
+        raise
+    return free

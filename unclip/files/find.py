@@ -8,6 +8,7 @@ from pathlib import Path
 from unclip.errors import CheckpointError
 from unclip.files.checkpoints import MANIFEST, check_manifest, newest_checkpoint
 from unclip.files.diffusers import PIPELINE
+from unclip.files.disk import from_home
 from unclip.files.folder import INDEX
 
 
@@ -18,7 +19,7 @@ def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
 
     **Raises**: `CheckpointError` if there is none.
     """
-    path = Path(source)
+    path = from_home(source)
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
     if is_id and not path.parent.is_dir():  # below a folder that is there it would be a path
         path = _download(str(source), allow_pickle)

@@ -82,6 +82,29 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Shards(Mapping[str, Tensor]):
+    """Several safetensors files as one.
+
+    **Raises**: `CheckpointError` if one is missing or damaged.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._files = {name: file for file in map(TensorFile, paths) for name in file}
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape, from its file's header."""
+        return self._files[name].shape(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 def load_tensors(
     model: nn.Module,
     tensors: Mapping[str, Tensor],

@@ -17,7 +17,7 @@ from unclip.clip.open import from_folder
 from unclip.errors import ConfigError
 from unclip.files import diffusers as layout
 from unclip.files.diffusers import PIPELINE
-from unclip.files.disk import write_json
+from unclip.files.disk import check_writable, write_json
 from unclip.files.folder import CONFIG, INDEX, WEIGHTS_LAST, read_index, update_index, write_stage
 from unclip.files.tensors import TensorFile, write_tensors
 from unclip.interop.encoder import to_transformers, write_processor, write_tokenizer
@@ -39,7 +39,12 @@ Part = tuple[dict[str, Any], Callable[[], Mapping[str, Tensor]] | None]
 
 
 def convert(
-    source: Path, out: Path, dtype: torch.dtype | None = None, *, allow_pickle: bool = False
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
 ) -> list[str]:
     """Write a folder in Karlo's layout as a model folder, or a model folder in Karlo's layout.
 
@@ -49,6 +54,7 @@ def convert(
     **Raises**: `ConfigError` for what Karlo's networks can't express, or an `out` that holds a
     model already; `CheckpointError` for a source that can't be read. Nothing is written by then.
     """
+    check_writable(out, "folder")
     for index in (INDEX, PIPELINE):
         if (out / index).exists():
             raise ConfigError(
@@ -56,7 +62,10 @@ def convert(
             )
     try:
         if (source / PIPELINE).is_file():
-            return _from_karlo(layout.Folder(source, allow_pickle=allow_pickle), out, dtype)
+            folder = layout.Folder(source, variant=variant, allow_pickle=allow_pickle)
+            return _from_karlo(folder, out, dtype)
+        if variant is not None:
+            raise ConfigError(layout.NO_VARIANTS.format(source))
         return _to_karlo(source, out, dtype)
     except OSError as error:
         raise ConfigError(f"can't write into {out}: {error.strerror or error}") from None
@@ -69,7 +78,7 @@ def _from_karlo(folder: layout.Folder, out: Path, dtype: torch.dtype | None) -> 
     encoder = None
     if clip is not None:
         encoder = clip.fingerprint
-        tower = folder.tensors(layout.TEXT_ENCODER, layout.TOWER_WEIGHTS)
+        tower = folder.tensors(layout.TEXT_ENCODER)
         clip.save(out, dtype or _precision(tower))
     for name, stored in found.items():
         needs = None if stored.stage.kind == "upsampler" else encoder
@@ -107,6 +116,8 @@ def _to_karlo(root: Path, out: Path, dtype: torch.dtype | None) -> list[str]:
             text, vision = to_transformers(clip)
     except ConfigError as error:
         problems.append(str(error))
+    if not chosen and clip is None:
+        problems.append(f"it has no place for {', '.join(found) or 'an empty folder'}")
     if problems:
         raise ConfigError(f"{root} can't be written in Karlo's layout: {'; '.join(problems)}")
     left_out = [name for name in found if name not in chosen]

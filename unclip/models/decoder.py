@@ -96,9 +96,9 @@ class Decoder(nn.Module):
         self.image_to_tokens = nn.Linear(config.embed, config.image_tokens * width)
         self.text_to_emb = nn.Linear(config.embed, emb) if config.text_embed else None
         self.text = TextSide(config) if config.text_width is not None else None
-        self.layout = (
-            Layout(config.layout, config.embed, emb) if config.layout is not None else None
-        )
+        self.layout = None
+        if config.layout is not None:
+            self.layout = Draft(config.layout, config.embed, 3 * config.layout.side**2, emb)
         in_channels = 3 if config.layout is None else 6
         out_channels = 6 if config.learned_variance else 3
         self.unet = UNet(config.unet, in_channels, out_channels, width)
@@ -124,11 +124,16 @@ class Decoder(nn.Module):
             states, mask = self.text(cond.text)  # (B, l, K), (B, l)
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
-        layout = None
-        if self.layout is not None:
-            side = self.config.resolution
-            layout = F.interpolate(self.layout(z_image), (side, side), mode="bilinear")
-        return replace(cond, cache=DecoderCache(emb, self.unet.context_kv(tokens, mask), layout))
+        context, layout = self.unet.context_kv(tokens, mask), self._layout(z_image)
+        return replace(cond, cache=DecoderCache(emb, context, layout))
+
+    def _layout(self, z_image: Tensor) -> Tensor | None:
+        """The small picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
+        if self.layout is None or self.config.layout is None:
+            return None
+        small, side = self.config.layout.side, self.config.resolution
+        pixels = rearrange(self.layout(z_image), "b (c h w) -> b c h w", h=small, w=small)
+        return F.interpolate(pixels, (side, side), mode="bilinear")
 
     def _image_embed(self, cond: Cond) -> Tensor:
         # The null vector takes part even where every row is kept, so that it always has a gradient.
@@ -153,19 +158,6 @@ class Decoder(nn.Module):
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
         share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
         return out + share * (layout - out)
-
-
-class Layout(Draft):
-    """A small picture straight from the scaled image embedding, and its share in the result."""
-
-    def __init__(self, config: LayoutConfig, embed: int, time: int):
-        super().__init__(config, embed, 3 * config.side**2, time)
-        self.side = config.side
-
-    def forward(self, condition: Tensor) -> Tensor:
-        """**Shapes**: z_image (B, D) → (B, 3, side, side). **Units**: pixels in [-1, 1]."""
-        pixels = super().forward(condition)
-        return rearrange(pixels, "b (c h w) -> b c h w", h=self.side, w=self.side)
 
 
 class TextSide(nn.Module):

@@ -91,8 +91,9 @@ class DraftConfig(Config):
 class Draft(nn.Module):
     """What a condition alone lets one expect, and its share in a network's result.
 
-    The expectation is learned by itself (`fit_layout`, `fit_draft`) and then stays: as a part of
-    the whole it would drift into a code that tells the network less.
+    The expectation is learned by itself (`fit_layout`, `fit_draft`) and then stays, with `fitted`
+    as its parameters: as a part of the whole it would drift into a code that tells the network
+    less. The share, from `gate`, is trained with the network.
     """
 
     def __init__(self, config: DraftConfig, inputs: int, outputs: int, time: int):
@@ -103,8 +104,13 @@ class Draft(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(config.blocks)])
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, outputs)
-        self.requires_grad_(False)
         self.gate = zero_init(nn.Linear(time, 1))
+        for parameter in self.fitted():
+            parameter.requires_grad_(False)
+
+    def fitted(self) -> list[nn.Parameter]:
+        """The parameters of the expectation."""
+        return [p for name, p in self.named_parameters() if not name.startswith("gate.")]
 
     def share(self, time: Tensor) -> Tensor:
         """From 0 to 1. **Shapes**: the time embedding (B, E) → (B, 1)."""
@@ -127,10 +133,15 @@ def run(block: Callable[..., Any], *args: Any, checkpointing: bool) -> Any:
 
 
 def trim_text(text: TextEncoding) -> tuple[Tensor, Tensor]:
-    """Token states and mask, cut behind the longest real text of the batch.
+    """Token states and mask; on a CPU cut behind the longest real text of the batch.
+
+    An accelerator would have to be waited for to learn where that is, and a compiled network be
+    compiled for every length: there padding is only masked.
 
     **Shapes**: → tokens (B, l, W) and mask (B, l) with l ≤ L.
     """
+    if not text.mask.is_cpu or torch.compiler.is_compiling():
+        return text.tokens, text.mask
     length = text.length()
     return text.tokens[:, :length], text.mask[:, :length]
 
@@ -146,6 +157,11 @@ class ScaleConfig(Config):
     kind: Literal["raw", "unit", "whiten"]
     factor: float = Field(17.2, gt=0)
     normalize: bool = False
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether embeddings count by direction only."""
+        return self.kind == "unit" or (self.kind == "whiten" and self.normalize)
 
 
 class Statistics(nn.Module):
@@ -202,6 +218,13 @@ class EmbeddingScale(Statistics):
         if self.config.kind == "unit":
             return z / self.config.factor
         return z * self.std + self.mean if self.config.kind == "whiten" else z
+
+    @property
+    def norm(self) -> float | None:
+        """The norm of the raw embeddings that it was measured on, if their norms count."""
+        if self.config.kind != "whiten" or self.config.normalize:
+            return None
+        return float((self.mean.square() + self.std.square()).sum().sqrt())
 
     def fit(self, z: Tensor) -> None:
         """Measure mean and standard deviation on training embeddings (used by `whiten`).

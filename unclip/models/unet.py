@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unclip.config import Config
 from unclip.models.layers import attention, run, silu, zero_init
+from unclip.models.norm import GroupNorm
 
 
 class UNetConfig(Config):
@@ -100,7 +101,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, config: UNetConfig):
         super().__init__()
         self.heads = width // config.head_channels
-        self.norm = nn.GroupNorm(config.groups, width)
+        self.norm = GroupNorm(config.groups, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.context_kv = nn.Linear(context_width, 2 * width)
         self.out = zero_init(nn.Linear(width, width))  # a new block changes nothing
@@ -138,10 +139,10 @@ class Block(nn.Module):
         super().__init__()
         self.resample = resample
         self.scale_shift = config.scale_shift
-        self.norm1 = nn.GroupNorm(config.groups, width_in)
+        self.norm1 = GroupNorm(config.groups, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.embed = nn.Linear(config.embed, width * (2 if config.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(config.groups, width)
+        self.norm2 = GroupNorm(config.groups, width)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(width, width, 3, padding=1))  # a new block changes nothing
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
@@ -212,7 +213,7 @@ class UNet(nn.Module):
                 width = out
             if level > 0:
                 self.up.append(Block(width, width, config, resample="up"))
-        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm(config.groups, width)
         last = out_channels if config.head is None else config.head
         self.conv_out = nn.Conv2d(width, last * patch, 3, padding=1)
         self.head = None if config.head is None else nn.Conv2d(last, out_channels, 3, padding=1)

@@ -6,15 +6,19 @@ B batch, D CLIP embedding, V buckets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
 from unclip.models.ar_prior import ArPrior
+from unclip.progress import Progress, steps_of
+from unclip.stages.stage import CHUNK_EMBEDDINGS, Stage
 
 
 class ArSamplingConfig(Config):
@@ -25,28 +29,76 @@ class ArSamplingConfig(Config):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+@dataclass
+class ArStage(Stage):
+    """The autoregressive prior as a stage: it has no diffusion, and its sampling is another."""
+
+    @classmethod
+    def of(cls, network: Any, sampling: ArSamplingConfig, encoder: Fingerprint | None) -> ArStage:
+        """The stage `ar_prior` of a network."""
+        return cls("ar_prior", network, cast(Any, None), cast(Any, sampling), encoder)
+
+    def embeddings(self, drawn: Tensor) -> Tensor:
+        """What is drawn is an embedding already. **Shapes**: (B, D) → (B, D)."""
+        return drawn
+
+    def draw(
+        self,
+        cond: Cond,
+        shape: tuple[int, ...],
+        config: Any,
+        generators: Sequence[torch.Generator],
+        *,
+        null_text: TextEncoding | None = None,
+        negative: Cond | None = None,
+        progress: Progress = False,
+        **others: Any,
+    ) -> Tensor:
+        """One embedding for each generator; see `sample_autoregressive`.
+
+        **Shapes**: cond and negative have B rows of text, null_text one; generators B → (B, D).
+        """
+        starts = range(0, len(generators), CHUNK_EMBEDDINGS)
+        parts, total = [], self.config.components * len(starts)
+        with steps_of(self.name, total, progress) as step_done:
+            for start in starts:
+                rows = slice(start, start + CHUNK_EMBEDDINGS)
+                own = cond.rows(rows)
+                away = own.null(null_text) if negative is None else negative.rows(rows)
+                parts.append(
+                    sample_autoregressive(
+                        self.network, own, away, config, generators[rows], step_done
+                    )
+                )
+        return torch.cat(parts)
+
+    def _process(self) -> dict[str, Any] | None:
+        return None
+
+
 @torch.no_grad()
 def sample_autoregressive(
     model: ArPrior,
     cond: Cond,
+    away: Cond,
     config: ArSamplingConfig,
     generators: Sequence[torch.Generator],
-    *,
-    null_text: TextEncoding | None = None,
-    on_step: Callable[[], Any] | None = None,
+    on_step: Callable[[], Any] = lambda: None,
 ) -> Tensor:
     """Draw one embedding for each generator, its components one after the other.
+
+    Guidance leads away from what `away` makes likely: the null text, or what is not wanted.
 
     The dot product with the text embedding is drawn evenly from the top half of its distribution,
     as the paper does. Sample k depends on its own generator (CPU) alone: one uniform number for the
     dot product, then one a component.
 
-    **Shapes**: cond has B rows of text; generators B → (B, D) float32, unit norm.
+    **Shapes**: cond and away have B rows of text; generators B → (B, D) float32, unit norm.
     """
     k, dots = model.config.components, model.config.dot_buckets
     uniform = torch.stack([torch.rand(k + 1, generator=g) for g in generators]).to(cond.device)
     guided = config.guidance != 1
-    ready = model.prepare(Cond.cat([cond.null(null_text), cond]) if guided else cond)
+    ready = model.prepare(Cond.cat([away, cond]) if guided else cond)
     token = dots // 2 + (uniform[:, 0] * (dots - dots // 2)).long()  # (B,)
     numbers = []
     for place in range(k):
@@ -58,8 +110,7 @@ def sample_autoregressive(
             logits = without + config.guidance * (with_ - without)  # (B, V)
         token = choose(logits, uniform[:, place + 1], config.temperature, config.top_p)
         numbers.append(token)
-        if on_step is not None:
-            on_step()
+        on_step()
     return model.quantizer.dequantize(torch.stack(numbers, dim=1))
 
 

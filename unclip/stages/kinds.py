@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from unclip.config import Config
+from unclip.models.ar_prior import ArPrior, ArPriorConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
@@ -41,6 +42,13 @@ KINDS = {
             DiffusionPrior,
             lambda config: (config.embed,),
             lambda config: f"{config.embed} wide",
+        ),
+        Kind(
+            "ar_prior",
+            ArPriorConfig,
+            ArPrior,
+            lambda config: (config.embed,),
+            lambda config: f"{config.embed} wide, in {config.components} x {config.buckets}",
         ),
         Kind(
             "decoder",

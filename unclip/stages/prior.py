@@ -30,7 +30,7 @@ def draw_embeddings(
     """
     several = [g for own in generators for g in _candidates(own, candidates)]
     texts = text.repeat(candidates)
-    z = prior.network.scale.inverse(draw(prior, Cond(text=texts), several))  # (B n, D)
+    z = prior.embeddings(draw(prior, Cond(text=texts), several))  # (B n, D)
     score = cosine_similarity(z, texts.embed.float()).view(-1, candidates)  # (B, n)
     return z[torch.arange(len(score), device=z.device) * candidates + score.argmax(1)]  # (B, D)
 

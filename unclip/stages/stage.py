@@ -19,7 +19,7 @@ from unclip.diffusion.tiling import Tiled
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
-from unclip.progress import progress_bar
+from unclip.progress import Progress, steps_of
 from unclip.stages.kinds import kind_of
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
@@ -30,6 +30,11 @@ CHUNK_EMBEDDINGS = 64
 # How a stage is drawn from by whoever holds the options: one sample for each generator.
 Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
+
+
+def together(shape: Sequence[int], device: torch.device) -> int:
+    """How many samples of this shape go through a network together."""
+    return CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], device)
 
 
 def chunk_size(side: int, device: torch.device) -> int:
@@ -86,6 +91,10 @@ class Stage:
         """Whether the network is told a caption."""
         return getattr(self.config, "text_width", None) is not None
 
+    def embeddings(self, drawn: Tensor) -> Tensor:
+        """Raw CLIP embeddings of what a prior drew. **Shapes**: (B, D) → (B, D)."""
+        return self.network.scale.inverse(drawn)
+
     @torch.no_grad()
     def guess(
         self,
@@ -123,25 +132,28 @@ class Stage:
         negative: Cond | None = None,
         x_T: Tensor | None = None,
         after: AfterRows | None = None,
+        levels: int | None = None,
+        repeats: int = 1,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
         float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
-        of those rows of the batch that a step has led to timestep t, None for x_0. `tile` runs an
-        upsampler on tiles of that many pixels where the picture is larger.
+        of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
+        `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
+        picture is larger.
 
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
         """
-        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
+        chunk = together(shape, cond.device)
         starts = range(0, len(generators), chunk)
         total = config.steps * len(starts)
         parts = []
-        with progress_bar(what=self.name, total=total, shown=progress) as bar:
+        with steps_of(self.name, total, progress) as step_done:
             for start in starts:
                 rows = slice(start, start + chunk)
                 guess = self.guess(
@@ -156,9 +168,11 @@ class Stage:
                 x = starting_noise(shape, own) if x_T is None else x_T[rows]
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
-                for step in denoise(guess, self.diffusion, config, x, own, enter):
+                for step in denoise(
+                    guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
+                ):
                     x = step.x
-                    bar.update()
+                    step_done()
                 parts.append(x)
         return torch.cat(parts)
 
@@ -167,10 +181,13 @@ class Stage:
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
-            "diffusion": self.diffusion.config.model_dump(mode="json"),
+            "diffusion": self._process(),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
         }
+
+    def _process(self) -> dict[str, Any] | None:
+        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,

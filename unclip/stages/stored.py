@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ from unclip.files.folder import (
     stage_kind,
 )
 from unclip.files.tensors import TensorFile, load_tensors
-from unclip.stages.kinds import KINDS, build
+from unclip.models.ar_prior import ArPriorConfig
+from unclip.stages.ar_prior import ArSamplingConfig, ArStage
+from unclip.stages.kinds import KINDS, Kind, build
 from unclip.stages.stage import Stage
 
 
@@ -75,20 +78,28 @@ def read_stage(folder: Path, name: str) -> StoredStage:
             f"{list(KINDS)}"
         )
     try:
-        config = parse_config(data["model"], kind.config, where)
-        diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
-        sampling = parse_config(data["sampling"], SamplingConfig, where)
-        clip = data.get("clip")
-        encoder = parse_config(clip, Fingerprint, where) if clip else None
+        stage = _describe(kind, data, name, where)
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{where} can't be used: {error}") from None
-    if getattr(config, "learned_variance", False) != diffusion.learned_variance:
-        raise CheckpointError(f"{where}: learned_variance of model and diffusion must agree")
-    stage = Stage(name, build(config), GaussianDiffusion(diffusion), sampling, encoder)
     weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
     return StoredStage(
         stage, TensorFile(weights), TensorFile(last) if last.is_file() else None, str(weights)
     )
+
+
+def _describe(kind: Kind, data: dict[str, Any], name: str, where: str) -> Stage:
+    """The stage without weights."""
+    config = parse_config(data["model"], kind.config, where)
+    clip = data.get("clip")
+    encoder = parse_config(clip, Fingerprint, where) if clip else None
+    if isinstance(config, ArPriorConfig):
+        drawing = parse_config(data["sampling"], ArSamplingConfig, where)
+        return ArStage.of(build(config), drawing, encoder)
+    diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
+    sampling = parse_config(data["sampling"], SamplingConfig, where)
+    if getattr(config, "learned_variance", False) != diffusion.learned_variance:
+        raise ConfigError("learned_variance of model and diffusion must agree")
+    return Stage(name, build(config), GaussianDiffusion(diffusion), sampling, encoder)
 
 
 def materialise(

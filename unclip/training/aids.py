@@ -125,7 +125,9 @@ class AidedCLIP(nn.Module):
         return {**found, "loss": loss}
 
     def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        length = int(mask.sum(1).max())  # attention is causal: the rest has no part in the result
+        length = mask.shape[1]
+        if ids.is_cpu:  # attention is causal: what comes after the text has no part in the result
+            length = int(mask.sum(1).max())
         # Going backward in bf16, a CPU's fused attention over few keys takes four times as long.
         with sdpa_kernel(SDPBackend.MATH) if ids.is_cpu else nullcontext():
             _, z = self.towers.encode_text(ids[:, :length], mask[:, :length])

@@ -11,40 +11,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unclip.clip.fingerprint import check_same_encoder
 from unclip.errors import CheckpointError, DivergedError
 from unclip.files.checkpoints import checkpoint_step, list_checkpoints, write_manifest
 from unclip.files.disk import read_json, sync, write_json
-from unclip.files.find import resolve_folder
-from unclip.files.folder import WEIGHTS, read_stage_config
+from unclip.files.folder import WEIGHTS, write_stage
 from unclip.files.tensors import TensorFile, load_tensors, write_tensors
-from unclip.sources import Source
-from unclip.stages.stage import Stage
 from unclip.training.ema import EMA
 from unclip.training.sharding import put, wholes
-
-# What may differ between weights and the run that starts from them.
-FREE = {
-    "dropout",
-    "checkpointing",
-    "low",
-    "high",
-    "resolution",
-    "steps",
-    "schedule",
-    "weight",
-    "bias",
-    "time_power",
-}
 
 
 class Saves(Protocol):
@@ -52,7 +33,7 @@ class Saves(Protocol):
 
     name: str
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None: ...
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -120,8 +101,7 @@ def save_checkpoint(run: Path, task: Saves, state: TrainState, tensors: Tensors,
 
 def _write(folder: Path, task: Saves, state: TrainState, tensors: Tensors) -> None:
     (folder / "training").mkdir(parents=True)
-    task.save(tensors.averaged, folder)
-    _check_stage(folder / task.name / WEIGHTS, state.ema)
+    write_stage(folder, task.name, task.describe(tensors.averaged), tensors.averaged)
     write_tensors(folder / "training" / "weights.safetensors", tensors.live)
     write_tensors(folder / "training" / "optimizer.safetensors", tensors.optimizer)
     saved = {"format": 1, "step": state.step, "skipped": state.skipped}
@@ -143,59 +123,6 @@ def load_checkpoint(folder: Path, task: Saves, state: TrainState) -> None:
     if saved.get("format") != 1:
         raise CheckpointError(f"{folder} has training state of format {saved.get('format')!r}")
     state.step, state.skipped = saved["step"], saved.get("skipped", [])
-
-
-def load_init(task: Saves, model: nn.Module, path: str | Path) -> None:
-    """Start from the weights of the same stage in a folder, a run or a hub id, or of its only kin.
-
-    Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
-    Karlo's layout are read as they are.
-
-    **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
-    was trained with another encoder.
-    """
-    stage: Stage | None = getattr(task, "stage", None)
-    if stage is None:  # an encoder: no stage of diffusion
-        folder = resolve_folder(path)
-        read_stage_config(folder, task.name)
-        weights = folder / task.name / WEIGHTS
-        load_tensors(model, TensorFile(weights), str(weights))
-        return
-    source = Source(path)
-    kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
-    stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
-    _check_settings(stage.describe(), stored.stage.describe(), stored.where)
-    trained = stored.stage.encoder
-    if source.published is not None and stage.encoder is not None:
-        # Published weights don't say; the parts beside them do.
-        clip = source.clip()
-        trained = None if clip is None else clip.fingerprint
-    if stage.encoder is not None and trained is not None:
-        check_same_encoder(stage.encoder, trained, stored.where)
-    load_tensors(model, stored.tensors, stored.where)
-
-
-def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
-    """Check what shapes don't show: heads, groups, scales, what is predicted."""
-    pairs = [(ours["model"], theirs["model"]), (ours["diffusion"], theirs["diffusion"])]
-    flat = [(dict(_flat(a)), dict(_flat(b))) for a, b in pairs]
-    differ = [
-        f"{key} = {value}, here {a.get(key)}"
-        for a, b in flat
-        for key, value in b.items()
-        if a.get(key) != value and key.split(".")[-1] not in FREE
-    ]
-    if differ:
-        raise CheckpointError(f"train.init: {where} has {'; '.join(differ)}; set them equal")
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its dotted name."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -231,12 +158,6 @@ def _check_finite(tensors: Tensors, step: int) -> None:
                 f"{name} is not finite at step {step}, which is not saved; lower train.lr "
                 "and start the same command again: it continues from the checkpoint before"
             )
-
-
-def _check_stage(path: Path, ema: EMA) -> None:
-    with safe_open(path, framework="pt") as stored:
-        missing = set(ema.names) - set(stored.keys())
-    assert not missing, f"Task.save must keep parameter names; {path} lacks {sorted(missing)[:4]}"
 
 
 def _prune(run: Path, step: int, keep: int) -> None:

@@ -24,19 +24,21 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.preprocessing import PreprocessConfig
 from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, build_clip, vocabulary_of
 from unclip.config import Config
-from unclip.data.open import DataConfig, open_dataset
+from unclip.data.open import DataConfig
 from unclip.data.order import batches
-from unclip.data.sample import Batch, Dataset
+from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
+from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.augment import place
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.precision import resolve_precision
+from unclip.training.task import load_weights
 from unclip.training.teacher import Teacher, TeacherConfig
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
 # larger dataset; for a teacher to have read, a few more.
 DRAWS, TAUGHT_DRAWS, MANY = 8, 16, 16_384
+MOST_SHOWN = 1024  # validation pairs, drawn evenly: each with each, as picture and as numbers
 HALF = (0.5, 0.5, 0.5)  # the mean and the deviation that leave pixels in [-1, 1]
 
 
@@ -137,7 +139,8 @@ class ClipTask:
         if self.val is None:
             return None
         clip = self._frozen(copy.deepcopy(self.product))
-        samples = [self.val.get(i, randomness.generator(0, "val", i)) for i in range(len(self.val))]
+        chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
+        samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
         z_image = torch.cat(
             [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
         )  # (N, D)
@@ -158,11 +161,15 @@ class ClipTask:
         grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
         return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage `clip`, which `FrozenCLIP.load` reads."""
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
         model = copy.deepcopy(self.product)
         model.load_state_dict(tensors)
-        self._frozen(model).save(folder)
+        return self._frozen(model).describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the stage `clip` in a folder or a run."""
+        load_weights(self.product, self.name, path)
 
     def _frozen(self, model: nn.Module) -> FrozenCLIP:
         towers = OpenClipTowers(model, self.tokenizer, self.model_config)
@@ -196,8 +203,8 @@ def _chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
 
 def train_clip(config: ClipRun, accelerator: Accelerator) -> None:
     """Build, train, and leave checkpoints in `train.out`."""
-    train = open_dataset(config.data.train, config.data.resolution)
-    val = open_dataset(config.data.val, config.data.resolution) if config.data.val else None
+    train = config.data.open(config.data.train)
+    val = config.data.open(config.data.val) if config.data.val else None
 
     def stream(start_step: int) -> Iterator[Batch]:
         return batches(
@@ -210,6 +217,7 @@ def train_clip(config: ClipRun, accelerator: Accelerator) -> None:
             accumulate=config.train.accumulate,
             crop=config.data.crop,
             workers=config.data.workers,
+            pin=accelerator.device.type == "cuda",
         )
 
     fit(ClipTask(config, train, val), stream, config.train, config, accelerator)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
-from unclip.data.open import DataConfig
-from unclip.data.sample import Batch
+from unclip.data.open import DataConfig, Spec
+from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
@@ -34,12 +34,14 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Shown,
     check_widths,
     draw,
     drop,
-    first_samples,
+    frozen_clip,
     open_train,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -53,9 +55,9 @@ class DecoderRun(Config):
     in training only: the embedding says what was done, so that nothing of it comes back unasked.
     """
 
-    clip: str
+    clip: Place
     data: DataConfig
-    embeddings: str | None = None
+    embeddings: Spec | None = None
     model: DecoderConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
@@ -80,17 +82,18 @@ class DecoderTask:
 
     name = "decoder"
 
-    def __init__(self, run: DecoderRun, clip: FrozenCLIP):
+    def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip = run, clip
+        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = Decoder(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids, images = batch.ids, self.moved(batch.images, batch.ids)
-        cond = self._jittered(self._cond(images, batch.captions, batch.embeds), ids)
+        cond = self._jittered(self._cond(images, batch.captions, batch.z_image), ids)
         cond = cond.drop(
             self.clip.null_text,
             drop_image=drop(self.run, "image", ids, images),
@@ -107,16 +110,20 @@ class DecoderTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Top row: validation pictures; below: what the decoder makes of their embeddings."""
-        images, captions = first_samples(self.run.data, PREVIEWS)
+        images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
         cond = self._cond(images, captions)
         out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
         rows = torch.cat([resize(images, side), out.cpu()])
-        return grid([to_pil(x) for x in rows], columns=PREVIEWS)
+        return grid([to_pil(x) for x in rows], columns=len(images))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
     def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
         reads_text = self.run.model.text_width is not None
@@ -137,19 +144,23 @@ class DecoderTask:
 
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
-    dataset, clip = open_train(run), FrozenCLIP.load(run.clip, accelerator.device)
+    dataset, clip = open_train(run), frozen_clip(run.clip, accelerator)
+    task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
+        cache.check_fit(run.data.fit)
+        if not run.model.scale.normalizes:
+            cache.check_raw(clip)
         dataset = Tolerant(Joined(dataset, cache))
-    task = DecoderTask(run, clip)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
         if run.model.layout is not None:
             seed, jitter = run.train.seed, run.jitter
             network, autocast = task.stage.network, accelerator.autocast
-            fit_layout(network, clip, dataset, seed, jitter, autocast, task.moved)
+            moved = task.moved if run.augment != PlaceConfig() else None
+            fit_layout(network, clip, dataset, seed, jitter, autocast, moved)
 
     batches_from = stream(dataset, run, accelerator)
     return fit(task, batches_from, run.train, run, accelerator, begin)

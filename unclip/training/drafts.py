@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,17 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import as_embeddings
-from unclip.data.sample import Dataset, fixed
+from unclip.data.cache import embeddings_of
+from unclip.data.sample import Batch, Dataset, fixed
 from unclip.images import resize
+from unclip.models.ar_prior import Quantizer
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
+QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
 DRAFT_WORDINGS = 32  # of one picture, at most
@@ -28,12 +31,20 @@ DRAFT_FLOOR = 0.1  # directions in which captions differ less than this are not 
 BATCH, LR = 256, 2e-3
 
 Autocast = Callable[[], AbstractContextManager[None]]
+Moved = Callable[[Tensor, Tensor], Tensor]  # pictures by their samples' numbers
 
 
 def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None:
     """Measure what `whiten` needs on pictures spread evenly over the dataset."""
     if scale.config.kind == "whiten":
         scale.fit(torch.cat([z for z, _ in _embedded(clip, dataset, STATISTICS_COUNT)]))
+
+
+def fit_quantizer(quantizer: Quantizer, clip: FrozenCLIP, dataset: Dataset, seed: int) -> None:
+    """Measure a prior's components, their ranges and dot products, evenly over the data."""
+    count = min(QUANTIZER_COUNT, DRAFT_WORDINGS * len(dataset))
+    pairs = list(_paired(clip, dataset, seed, count))
+    quantizer.fit(torch.cat([z for z, _ in pairs]), torch.cat([z for _, z in pairs]))
 
 
 def fit_layout(
@@ -43,7 +54,7 @@ def fit_layout(
     seed: int,
     jitter: float = 0.0,
     autocast: Autocast = nullcontext,
-    moved: Callable[[Tensor, Tensor], Tensor] = lambda x, ids: x,
+    moved: Moved | None = None,
 ) -> None:
     """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
 
@@ -51,15 +62,15 @@ def fit_layout(
     here. `moved` is what training does to pictures with these numbers before they are encoded.
     **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
     """
-    layout = decoder.layout
-    assert layout is not None
+    layout, config = decoder.layout, decoder.config.layout
+    assert layout is not None and config is not None
+    device = layout.out.weight.device
     parts = [
-        (z, resize(x, layout.side).clamp(-1, 1))
-        for z, x in _embedded(clip, dataset, LAYOUT_COUNT, moved)
+        (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
+        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT, moved)
     ]
-    device = layout.out.weight.device  # not the encoder's before the run has begun
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
-    x0 = torch.cat([x for _, x in parts]).to(device)  # (n, 3, s, s)
+    x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(z), (BATCH,), generator=g).to(device)
@@ -85,7 +96,7 @@ def fit_draft(
     """
     draft, scale = prior.draft, prior.text_scale
     assert draft is not None and scale is not None
-    device = draft.out.weight.device  # not the encoder's before the run has begun
+    device = draft.out.weight.device
     count = min(DRAFT_COUNT, DRAFT_WORDINGS * len(dataset))
     pairs = list(_paired(clip, dataset, seed, count))
     x0 = prior.scale(torch.cat([z for z, _ in pairs]).to(device))  # (n, D)
@@ -120,8 +131,8 @@ def _fit(
     autocast: Autocast,
 ) -> None:
     """Least squares on `rounds` batches of (condition, what it stands for)."""
-    frozen = [parameter for parameter in draft.parameters() if not parameter.requires_grad]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in frozen], LR, fused=True)
+    fitted = [parameter.requires_grad_() for parameter in draft.fitted()]
+    optimizer = torch.optim.AdamW(fitted, LR, fused=True)
     for step in progress_bar(range(rounds), name):
         condition, x0 = draw(randomness.generator(seed, name, step))
         optimizer.param_groups[0]["lr"] = LR * min(1, 20 * step / rounds, 1 - step / rounds)
@@ -131,7 +142,7 @@ def _fit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for parameter in frozen:
+    for parameter in fitted:
         parameter.requires_grad_(False)
 
 
@@ -151,17 +162,16 @@ def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> 
 
 
 def _embedded(
-    clip: FrozenCLIP,
-    dataset: Dataset,
-    count: int,
-    moved: Callable[[Tensor, Tensor], Tensor] = lambda x, ids: x,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Embeddings and pictures of at most about `count` samples, evenly over the dataset."""
+    clip: FrozenCLIP, dataset: Dataset, count: int, moved: Moved | None = None
+) -> Iterator[tuple[Tensor, Batch]]:
+    """At most about `count` samples with their embeddings, evenly over the dataset."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     for start in range(0, len(chosen), 64):
-        ids = chosen[start : start + 64]
-        x = moved(torch.stack([fixed(dataset, i).image for i in ids]), torch.tensor(ids))
-        yield as_embeddings(clip, x), x
+        numbers = chosen[start : start + 64]
+        batch = Batch.of([fixed(dataset, i) for i in numbers])
+        if moved is not None:
+            batch = replace(batch, pixels=moved(batch.images, torch.tensor(numbers)), z_image=None)
+        yield embeddings_of(clip, batch), batch
 
 
 def _paired(
@@ -169,10 +179,7 @@ def _paired(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings (n, D) of `count` pictures and of their captions, evenly over the dataset."""
     for start in range(0, count, 64):
-        samples = [
-            dataset.get(j * len(dataset) // count, randomness.generator(seed, "draft caption", j))
-            for j in range(start, min(start + 64, count))
-        ]
-        x = torch.stack([sample.image for sample in samples])
-        text = clip.encode_text([sample.caption for sample in samples])
-        yield as_embeddings(clip, x), text.embed.float()
+        numbers = range(start, min(start + 64, count))
+        own = {j: randomness.generator(seed, "draft caption", j) for j in numbers}
+        batch = Batch.of([fixed(dataset, j * len(dataset) // count, own[j]) for j in numbers])
+        yield embeddings_of(clip, batch), clip.encode_text(batch.captions).embed.float()

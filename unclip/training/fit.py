@@ -20,21 +20,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.errors import ConfigError, DivergedError
+from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
 from unclip.training.checkpoint import (
     TrainState,
     gathered,
     load_checkpoint,
-    load_init,
     save_checkpoint,
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog
 from unclip.training.muon import MuonAdamW
-from unclip.training.precision import Precision
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
@@ -42,9 +41,10 @@ MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
-    """How to train. `batch` is global: over all processes and accumulation steps."""
+    """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
+    makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
-    out: str
+    out: Place
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -64,7 +64,8 @@ class TrainConfig(Config):
     keep: int = Field(default=2, ge=2)
     precision: Precision = "fp32"
     compile: bool = False
-    init: str | None = None
+    deterministic: bool = False
+    init: Place | None = None
 
 
 class Batch(Protocol):
@@ -74,26 +75,30 @@ class Batch(Protocol):
 
 
 class Task(Protocol):
-    """What is trained. `name` is a stage's; `save` writes it with `folder.write_stage`.
+    """What is trained. `name` is a stage's, and `describe` gives its `config.json`; `start_from`
+    takes over the weights of the same stage in a folder, a run or a hub id.
 
-    A task whose model has parts that only help in training names the rest `product`: the module
-    that is averaged, saved and started from.
+    `product` is what is averaged, saved and started from: the model, or the part of one whose rest
+    only helps in training.
 
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
     (perhaps wrapped) exactly once and draws all its noise from `randomness` by the batch's global
-    ids. `preview` draws with fixed seeds, on every process. `save` gets tensors by the names of
-    `product.state_dict()` and keeps these.
+    ids. `preview` draws with fixed seeds, on every process. `describe` gets the tensors that are
+    saved, by the names of `product.state_dict()`.
     """
 
     name: str
     model: nn.Module
+    product: nn.Module
 
     def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]: ...
 
     def preview(self, model: nn.Module) -> Image.Image | None: ...
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None: ...
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]: ...
+
+    def start_from(self, path: str) -> None: ...
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -136,6 +141,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise ConfigError(
             "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
         ) from None
+    except Exception as error:  # an installation that is broken
+        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
     for p in params:
         p.data = p.data.contiguous()  # it does so itself, but at the first step
     return AdamW8bit(groups, config.lr, config.betas, config.eps)
@@ -152,21 +159,22 @@ def fit(
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
-    each step, without end. `begin` prepares the model of a run that starts from nothing: every
-    process calls it, and wrapping the model gives all of them the first one's. SIGTERM, SIGUSR1 or
-    SIGINT saves after the current step and returns.
+    each step, without end. `begin` prepares the model of a run that starts from nothing, where it
+    will train; the first process does that, and wrapping the model gives all of them what is there.
+    SIGTERM, SIGUSR1 or SIGINT saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    run, product = Path(config.out), getattr(task, "product", task.model)
+    run = Path(config.out)
     with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
+        task.model.to(accelerator.device)
         if newest is None and config.init is not None:
-            load_init(task, product, config.init)
+            task.start_from(config.init)
         elif newest is None and begin is not None:
-            begin()
+            on_main(accelerator, begin)
         task.model.train()
         if config.compile:
             task.model.compile()  # in place: keys keep their names
@@ -174,7 +182,7 @@ def fit(
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(product, config.ema)
+            task.model, build_optimizer(task.model, config), EMA(task.product, config.ema)
         )
         if newest is not None:
             load_checkpoint(newest, task, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unclip.errors import UnclipWarning
 from unclip.progress import progress_bar
 
 NEWS_EVERY = 60.0  # seconds between lines that stand for a bar where there is no terminal
@@ -135,8 +137,17 @@ def _step(line: str) -> float:
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
+    """A writer where TensorBoard is installed. It is extra: one that is broken costs a warning."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+
+        return SummaryWriter(str(folder), purge_step=start + 1)
+    except ModuleNotFoundError:
         return None
-    return SummaryWriter(str(folder), purge_step=start + 1)
+    except Exception as error:  # whatever versions that don't fit each other provoke
+        warnings.warn(
+            f"TensorBoard can't be used ({type(error).__name__}: {error}); metrics.jsonl is",
+            UnclipWarning,
+            stacklevel=2,
+        )
+        return None

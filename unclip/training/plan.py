@@ -28,8 +28,9 @@ from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.evaluation import markdown_table
+from unclip.evaluation.scores import markdown_table
 from unclip.stages.kinds import kind_of, kind_of_keys
+from unclip.training.ar_prior import ArPriorRun
 from unclip.training.decoder import DecoderRun
 from unclip.training.prior import PriorRun
 from unclip.training.sharding import largest_unit
@@ -39,6 +40,7 @@ GB = 1e9
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes a parameter, about
 RUNS: dict[str, type[Config]] = {
     "prior": PriorRun,
+    "ar_prior": ArPriorRun,
     "decoder": DecoderRun,
     "upsampler": UpsamplerRun,
 }
@@ -263,10 +265,13 @@ def _inputs(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
         side = run.data.crop or run.data.resolution
         x_t = torch.zeros(n, 3, side, side)
         return x_t, t, Cond(low_res=torch.zeros_like(x_t))
-    text, length = None, model.context if isinstance(run, PriorRun) else CONTEXT
+    prior = isinstance(run, PriorRun | ArPriorRun)
+    text, length = None, model.context if prior else CONTEXT
     if model.text_width is not None:
         mask = torch.ones(n, length, dtype=torch.bool)
         text = _Full(torch.zeros(n, length, model.text_width), mask, torch.zeros(n, model.embed))
+    if isinstance(run, ArPriorRun):  # its two inputs are bucket numbers
+        return torch.zeros(n, model.components, dtype=torch.long), t, Cond(text=text)
     if isinstance(run, PriorRun):
         return torch.zeros(n, model.embed), t, Cond(text=text)
     x_t = torch.zeros(n, 3, model.resolution, model.resolution)

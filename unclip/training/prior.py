@@ -5,6 +5,7 @@ B batch, D CLIP embedding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.nn.functional import cosine_similarity
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
-from unclip.config import Config
-from unclip.data.cache import EmbeddingCache, as_embeddings
-from unclip.data.open import DataConfig, is_cache, open_dataset
-from unclip.data.sample import Batch
+from unclip.config import Config, Place
+from unclip.data.cache import EmbeddingCache, embeddings_of
+from unclip.data.open import DataConfig, is_cache
+from unclip.data.sample import Batch, Dataset
+from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, to_pil
@@ -30,11 +32,13 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Shown,
     check_widths,
     draw,
     drop,
-    first_samples,
+    frozen_clip,
     sample_preview,
+    start_from,
     stream,
 )
 
@@ -42,7 +46,7 @@ from unclip.training.task import (
 class PriorRun(Config):
     """A training run of the diffusion prior; `clip` names the frozen encoder."""
 
-    clip: str
+    clip: Place
     data: DataConfig
     model: PriorConfig
     diffusion: DiffusionConfig
@@ -62,17 +66,18 @@ class PriorTask:
 
     name = "prior"
 
-    def __init__(self, run: PriorRun, clip: FrozenCLIP):
+    def __init__(self, run: PriorRun, clip: FrozenCLIP, train: Dataset | None = None):
         check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip = run, clip
+        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
         self.model: nn.Module = DiffusionPrior(run.model)
+        self.product: nn.Module = self.model
         diffusion = GaussianDiffusion(run.diffusion)
         self.stage = Stage("prior", self.model, diffusion, run.sampling, clip.fingerprint)
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each pair. **Shapes**: → (B,)."""
         ids = batch.ids
-        z_image = as_embeddings(self.clip, batch.images)
+        z_image = embeddings_of(self.clip, batch)
         cond = Cond(text=self.clip.encode_text(batch.captions))
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", ids, z_image))
         x0 = self.stage.network.scale(z_image)  # (B, D)
@@ -81,30 +86,54 @@ class PriorTask:
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
-        if self.run.data.val is None and is_cache(self.run.data.train):
-            return None  # no pictures to show
-        images, captions = first_samples(self.run.data, 64)
-        z_image = self.clip.encode_image(images)
-        text = self.clip.encode_text(captions[:PREVIEWS])
-        z = model.scale.inverse(
-            sample_preview(self.stage, model, Cond(text=text), (self.run.model.embed,), self.clip)
-        )
-        near = cosine_similarity(z[:, None], z_image[None], dim=-1).topk(4, dim=1).indices
-        rows = [[k, *near[k].tolist()] for k in range(len(z))]
-        return grid([to_pil(images[i]) for row in rows for i in row], columns=5)
+        return nearest_pictures(self.stage, model, self.run.data, self.shown, self.clip)
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
+
+
+def nearest_pictures(
+    stage: Stage, model: Any, data: DataConfig, shown: Shown, clip: FrozenCLIP
+) -> Image.Image | None:
+    """Each row: a validation picture, then those nearest to what a prior makes of its caption."""
+    if data.val is None and is_cache(data.train):
+        return None  # no pictures to show
+    images, captions = shown.first(64)
+    z_image = clip.encode_image(images)
+    cond = Cond(text=clip.encode_text(captions[:PREVIEWS]))
+    z = replace(stage, network=model).embeddings(
+        sample_preview(stage, model, cond, stage.shape, clip)
+    )
+    similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
+    near = similar.topk(min(4, len(images)), dim=1).indices
+    rows = [[k, *near[k].tolist()] for k in range(len(z))]
+    return grid([to_pil(images[i]) for row in rows for i in row], columns=len(rows[0]))
+
+
+def open_pairs(run: Any, accelerator: Accelerator, raw: bool = False) -> tuple[Dataset, FrozenCLIP]:
+    """What a prior learns from, pictures or a cache of their embeddings, and the encoder.
+
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if `raw` embeddings
+    are needed and it holds unit vectors.
+    """
+    dataset = run.data.open(run.data.train, embeddings=True)
+    clip = frozen_clip(run.clip, accelerator)
+    if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
+        dataset.dataset.check_encoder(clip, run.clip)
+        if raw:
+            dataset.dataset.check_raw(clip)
+    return dataset, clip
 
 
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset = open_dataset(run.data.train, run.data.resolution, embeddings=True)
-    clip = FrozenCLIP.load(run.clip, accelerator.device)
-    if isinstance(dataset, EmbeddingCache):
-        dataset.check_encoder(clip, run.clip)
-    task = PriorTask(run, clip)
+    dataset, clip = open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
+    task = PriorTask(run, clip, dataset)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from unclip.config import Config, parse_config, read_yaml, save_config
+from unclip.config import Config, flat, parse_config, read_yaml, save_config
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files.checkpoints import newest_checkpoint
 
@@ -40,7 +40,7 @@ def open_run(run: Path, resolved: Config) -> Path | None:
 
 
 def _check_same(before: Config, resolved: Config, run: Path) -> None:
-    saved, given = (_flat(config.model_dump(mode="json")) for config in (before, resolved))
+    saved, given = (flat(config.model_dump(mode="json")) for config in (before, resolved))
     for key in [*given, *(set(saved) - set(given))]:
         if key in {f"train.{free}" for free in FREE_KEYS}:
             continue
@@ -50,16 +50,6 @@ def _check_same(before: Config, resolved: Config, run: Path) -> None:
                 f"{run} holds a run with {key} = {was!r}, not {now!r}; "
                 "choose another train.out to start a new one"
             )
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

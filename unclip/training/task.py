@@ -1,27 +1,47 @@
-"""What the trainings of diffusion stages share: their data, random draws, previews."""
+"""What trainings of stages share: their data, random draws, previews, where they start from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import check_same_encoder
 from unclip.conditioning import Cond
-from unclip.config import Config
-from unclip.data.open import DataConfig, open_dataset
+from unclip.config import Config, flat
+from unclip.data.open import DataConfig
 from unclip.data.order import batches
-from unclip.data.sample import Batch, Dataset, fixed
-from unclip.errors import ConfigError
+from unclip.data.sample import Batch, Dataset, Sample, fixed
+from unclip.errors import CheckpointError, ConfigError
+from unclip.files.find import resolve_folder
+from unclip.files.folder import WEIGHTS, read_stage_config
+from unclip.files.tensors import TensorFile, load_tensors
+from unclip.precision import default_dtype
+from unclip.sources import Source
 from unclip.stages.stage import Stage
 
 PREVIEWS = 8
+# What may differ between weights and the run that starts from them.
+FREE = {
+    "dropout",
+    "checkpointing",
+    "low",
+    "high",
+    "resolution",
+    "steps",
+    "schedule",
+    "weight",
+    "bias",
+    "time_power",
+}
 
 
 class DropConfig(Config):
@@ -29,6 +49,13 @@ class DropConfig(Config):
 
     image: float = Field(0.0, ge=0, le=1)
     text: float = Field(0.0, ge=0, le=1)
+
+
+def frozen_clip(name: str, accelerator: Accelerator) -> FrozenCLIP:
+    """The encoder on this process's device; in half precision where an accelerator trains in it."""
+    half = accelerator.mixed_precision != "no"
+    dtype = default_dtype(accelerator.device) if half else torch.float32
+    return FrozenCLIP.load(name, accelerator.device, dtype)
 
 
 def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None) -> None:
@@ -46,20 +73,36 @@ def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None
             )
 
 
-def first_samples(data: DataConfig, count: int) -> tuple[Tensor, list[str]]:
-    """The first pictures of the validation set, or of the training set where there is none."""
-    dataset = open_dataset(data.val or data.train, data.resolution)
-    samples = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
-    return torch.stack([s.image for s in samples]), [s.caption for s in samples]
+class Shown:
+    """What previews show: the first pictures of the validation set, or where there is none of the
+    training set, which is open already. They are read once and kept."""
+
+    def __init__(self, data: DataConfig, train: Dataset | None = None) -> None:
+        self.data, self.train = data, train
+        self._kept: list[Sample] = []
+
+    def first(self, count: int) -> tuple[Tensor, list[str]]:
+        """**Shapes**: → (n, 3, H, W) in [-1, 1] and n captions, n at most `count`."""
+        if not self._kept:
+            spec = self.data.val or self.data.train
+            use = None if self.data.val else self.train
+            dataset = self.data.open(spec) if use is None else use
+            self._kept = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
+        shown = self._kept[:count]
+        return torch.stack([s.image for s in shown]), [s.caption for s in shown]
 
 
 def open_train(run: Any) -> Dataset:
-    return open_dataset(run.data.train, run.data.resolution)
+    return run.data.open(run.data.train)
 
 
 def stream(
-    dataset: Dataset, run: Any, accelerator: Accelerator
+    dataset: Dataset,
+    run: Any,
+    accelerator: Accelerator,
+    made: Callable[[Batch], Batch] | None = None,
 ) -> Callable[[int], Iterator[Batch]]:
+    """This process's micro-batches from a step on; `made` as in `batches`."""
     return lambda step: batches(
         dataset,
         batch=run.train.batch,
@@ -70,11 +113,13 @@ def stream(
         accumulate=run.train.accumulate,
         crop=run.data.crop,
         workers=run.data.workers,
+        pin=accelerator.device.type == "cuda",
+        **({} if made is None else {"made": made}),
     )
 
 
-def draw(run: Any, ids: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Timestep (B,) and noise (B, *) of each sample, by its global id."""
+def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Timestep (B,) and noise (B, *) of each sample, by its global id, or with noise at hand."""
     seed = run.train.seed
     steps, power = run.diffusion.steps, run.diffusion.time_power
     if power == 1:
@@ -82,7 +127,8 @@ def draw(run: Any, ids: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     else:
         u = randomness.uniform(seed, "t", ids).double() ** (1 / power)
         t = (u * steps).long().clamp(max=steps - 1)
-    noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
+    if noise is None:
+        noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
     return t.to(x0.device), noise.to(x0.device)
 
 
@@ -100,3 +146,50 @@ def sample_preview(
     null_text = None if clip is None else clip.null_text
     drawing = replace(stage, network=model)
     return drawing.draw(cond, shape, stage.sampling, generators, null_text=null_text)
+
+
+def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
+    """The weights of the stage `name` in a folder, a run or a hub id.
+
+    **Raises**: `CheckpointError` if there is no such stage, or its shapes differ.
+    """
+    folder = resolve_folder(path)
+    read_stage_config(folder, name)
+    weights = folder / name / WEIGHTS
+    load_tensors(model, TensorFile(weights), str(weights))
+
+
+def start_from(stage: Stage, path: str | Path) -> None:
+    """Take over the weights of the same stage in a folder, a run or a hub id, or of its only kin.
+
+    Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
+    Karlo's layout are read as they are.
+
+    **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
+    was trained with another encoder.
+    """
+    source = Source(path)
+    kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
+    stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
+    _check_settings(stage.describe(), stored.stage.describe(), stored.where)
+    trained = stored.stage.encoder
+    if source.published is not None and stage.encoder is not None:
+        # Published weights don't say; the parts beside them do.
+        clip = source.clip()
+        trained = None if clip is None else clip.fingerprint
+    if stage.encoder is not None and trained is not None:
+        check_same_encoder(stage.encoder, trained, stored.where)
+    load_tensors(stage.network, stored.tensors, stored.where)
+
+
+def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    """Check what shapes don't show: heads, groups, scales, what is predicted."""
+    pairs = [(flat(ours[part]), flat(theirs[part])) for part in ("model", "diffusion")]
+    differ = [
+        f"{key} = {value}, here {a.get(key)}"
+        for a, b in pairs
+        for key, value in b.items()
+        if a.get(key) != value and key.split(".")[-1] not in FREE
+    ]
+    if differ:
+        raise CheckpointError(f"train.init: {where} has {'; '.join(differ)}; set them equal")

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.data.sample import cache_folder
+from unclip.data.kept import cache_folder
 from unclip.errors import ConfigError
 from unclip.files.disk import replacing
+from unclip.progress import progress_bar, without_bars
 
 BATCH = 256  # texts at a time, of about one length
 
@@ -64,10 +64,12 @@ class Teacher:
         self, config: TeacherConfig, captions: Iterable[str], dtype: torch.dtype, seed: int
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         folder = _model_folder(config.model)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        with without_bars(logging):
+            model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
         self._model = model.eval().requires_grad_(False)
         self.width: int = model.config.hidden_size
         words = common_words(set(self._tokenizer.get_vocab()), config.words)
@@ -106,7 +108,7 @@ class Teacher:
         """**Shapes**: n texts, of like lengths together → (n, E) float16."""
         parts = []
         chunks = range(0, len(texts), BATCH)
-        for first in tqdm(chunks, desc="sentences", delay=5.0, leave=False, disable=None):
+        for first in progress_bar(chunks, "sentences"):
             batch = self._tokenizer(
                 list(texts[first : first + BATCH]), padding=True, return_tensors="pt"
             )

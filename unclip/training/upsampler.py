@@ -5,13 +5,14 @@ B batch, H, W the crop's sides.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from unclip import randomness
@@ -19,21 +20,30 @@ from unclip.conditioning import Cond
 from unclip.config import Config
 from unclip.data.degradations import blur, bsr
 from unclip.data.open import DataConfig
-from unclip.data.sample import Batch
+from unclip.data.sample import Batch, Dataset
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.stages.stage import Stage
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import PREVIEWS, draw, first_samples, open_train, sample_preview, stream
+from unclip.training.task import (
+    PREVIEWS,
+    Shown,
+    draw,
+    open_train,
+    sample_preview,
+    start_from,
+    stream,
+)
 
 
 class UpsamplerRun(Config):
     """A training run of an upsampler on crops of `data.crop` pixels of the high resolution.
 
     `degradation` corrupts the share `degraded` of the low-resolution pictures, so that the
-    upsampler does not take the decoder's flaws for detail.
+    upsampler does not take the decoder's flaws for detail, and meets clean ones as well. A blur's
+    sigma is drawn from `blur_sigma`.
     """
 
     data: DataConfig
@@ -42,6 +52,7 @@ class UpsamplerRun(Config):
     sampling: SamplingConfig
     degradation: Literal["blur", "bsr"]
     degraded: float = Field(1.0, ge=0, le=1)
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.6)
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -63,54 +74,74 @@ class UpsamplerRun(Config):
         return self
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """Adds to a batch what the upsampler sees of it, before it is enlarged, and the noise.
+
+    A function of pictures and global ids, for a loader's workers: it draws on the CPU, and a BSR
+    degradation goes through JPEG.
+    """
+
+    run: UpsamplerRun
+
+    def __call__(self, batch: Batch) -> Batch:
+        """**Shapes**: low_res (B, 3, h, w), noise as the pictures."""
+        run, seed = self.run, self.run.train.seed
+        small = batch.images.shape[-1] * run.model.low // run.model.high
+        low = resize(batch.images, small)
+        degrade = randomness.uniform(seed, "degrade", batch.ids) < run.degraded
+        for row in degrade.nonzero().flatten().tolist():
+            g = randomness.generator(seed, "degradation", int(batch.ids[row]))
+            if run.degradation == "blur":
+                low[row] = blur(low[row], run.blur_sigma, g)
+            else:
+                low[row] = bsr(batch.images[row], small, g)
+        noise = randomness.normal(seed, "noise", batch.ids, batch.images.shape[1:])
+        return replace(batch, low_res=low, noise=noise)
+
+
 class UpsamplerTask:
     """Restore crops of pictures from their low-resolution, degraded copies."""
 
-    def __init__(self, run: UpsamplerRun):
-        self.run = run
+    def __init__(self, run: UpsamplerRun, train: Dataset | None = None):
+        self.run, self.shown, self.made = run, Shown(run.data, train), Shrunk(run)
         self.name = f"upsampler_{run.model.high}"
         self.model: nn.Module = Upsampler(run.model)
+        self.product: nn.Module = self.model
         self.stage = Stage(
             self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
         )
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The loss of each crop. **Shapes**: → (B,)."""
-        low = self.low_resolution(batch.images, batch.ids)
-        t, noise = draw(self.run, batch.ids, batch.images)
+        """The loss of each crop, of which `made` has the small copy. **Shapes**: → (B,)."""
+        assert batch.low_res is not None
+        low = resize(batch.low_res, batch.images.shape[-1])  # (B, 3, H, W)
+        t, noise = draw(self.run, batch.ids, batch.images, batch.noise)
         return self.stage.diffusion.loss(model, batch.images, Cond(low_res=low), t, noise)
-
-    def low_resolution(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What the upsampler sees, at the size of the crop. **Shapes**: (B, 3, H, W) → same."""
-        seed, side = self.run.train.seed, images.shape[-1]
-        small = side * self.run.model.low // self.run.model.high
-        low = resize(images, small)
-        degrade = randomness.uniform(seed, "degrade", ids) < self.run.degraded
-        for row in degrade.nonzero().flatten().tolist():
-            g = randomness.generator(seed, "degradation", int(ids[row]))
-            if self.run.degradation == "blur":
-                low[row] = blur(low[row], g)
-            else:
-                low[row] = bsr(images[row], small, g)
-        return resize(low, side)
 
     def preview(self, model: Any) -> Image.Image | None:
         """Rows: bicubic, upsampled, real; the middle of validation pictures, not degraded."""
-        images, _ = first_samples(self.run.data, PREVIEWS)
+        images, _ = self.shown.first(PREVIEWS)
         side = self.run.data.crop or self.run.data.resolution
         corner = (images.shape[-1] - side) // 2
         real = images[..., corner : corner + side, corner : corner + side]
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
         out = sample_preview(self.stage, model, cond, tuple(real.shape[1:]), None)
-        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=PREVIEWS)
+        return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
 
-    def save(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Write the stage in the model-folder format."""
-        self.stage.save(folder, tensors)
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin."""
+        start_from(self.stage, path)
 
 
 def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
     """Train one upsampler; the newest checkpoint's folder."""
-    dataset, task = open_train(run), UpsamplerTask(run)
-    return fit(task, stream(dataset, run, accelerator), run.train, run, accelerator)
+    dataset = open_train(run)
+    task = UpsamplerTask(run, dataset)
+    batches_from = stream(dataset, run, accelerator, task.made)
+    return fit(task, batches_from, run.train, run, accelerator)

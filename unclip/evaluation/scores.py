@@ -1,7 +1,6 @@
-"""Scores on held-out pictures: retrieval, nearest embeddings, fidelity of upsampling (Section 5).
+"""Scores by a CLIP and by pixels: retrieval, nearest embeddings, fidelity of upsampling.
 
-N pictures, n samples of each, M ≥ N candidates, D CLIP embedding, R the picture's side. Row i of
-the pictures belongs to row i of the candidates; candidates beyond N only compete.
+N pictures, M candidates, D CLIP embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.clip.contrastive import retrieval_rank
 from unclip.images import gradient_energy, psnr, resize, to_pil, to_tensor
 
 TOLERANCE = 1e-6  # of a cosine: what rounding does to two equal captions
@@ -22,17 +20,16 @@ TOLERANCE = 1e-6  # of a cosine: what rounding does to two equal captions
 Scores = dict[str, float]
 
 
-def sample_ranks(z_samples: Tensor, z_candidates: Tensor) -> Tensor:
-    """How many candidates each of n samples prefers to its own.
+def ranks(z: Tensor, candidates: Tensor, own: Tensor) -> Tensor:
+    """How many candidates each embedding prefers to its own one; below k is a top-k hit.
 
-    **Shapes**: z_samples (N, n, D), z_candidates (M, D) → (N, n) int64; below k is a top-k hit.
-    **Raises**: `ValueError` for too few candidates, or for embeddings that are not finite.
+    **Shapes**: z (N, D), candidates (M, D), own (N,) int64 rows of candidates → (N,) int64.
+    **Raises**: `ValueError` for embeddings that are not finite.
     """
-    if len(z_candidates) < len(z_samples):
-        raise ValueError(f"{len(z_samples)} pictures, but only {len(z_candidates)} candidates")
-    if not (z_samples.isfinite().all() and z_candidates.isfinite().all()):
+    if not (z.isfinite().all() and candidates.isfinite().all()):
         raise ValueError("an embedding is not finite")  # it would rank first: NaN is never larger
-    return torch.stack([retrieval_rank(z, z_candidates) for z in z_samples.unbind(1)], dim=1)
+    score = F.normalize(z.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T  # (N, M)
+    return (score > score.gather(1, own[:, None])).sum(1)
 
 
 def coinciding(z: Tensor) -> int:
@@ -44,47 +41,21 @@ def coinciding(z: Tensor) -> int:
     return int(((unit @ unit.T > 1 - TOLERANCE).sum(1) > 1).sum())
 
 
-def hit_rates(ranks: Tensor, keep: Tensor | None = None) -> Scores:
-    """Top-1 and top-5 shares over pictures and their samples, and top-5's standard error.
-
-    The samples of one caption are not independent, so the error is that of the captions' means.
-
-    **Shapes**: ranks (N, n); keep (N,) bool chooses pictures.
-    """
-    ranks = ranks if keep is None else ranks[keep]
-    top5 = (ranks < 5).float().mean(1)  # (N,)
-    return {
-        "top1": float((ranks < 1).float().mean()),
-        "top5": float(top5.mean()),
-        "top5_error": float(top5.std(correction=0)) / max(1, len(ranks)) ** 0.5,
-        "pictures": len(ranks),
-    }
+def hit_rates(ranks: Tensor) -> Scores:
+    """Top-1 and top-5 shares. **Shapes**: ranks (N,)."""
+    return {"top1": float((ranks < 1).float().mean()), "top5": float((ranks < 5).float().mean())}
 
 
 def agreement(z: Tensor, z_true: Tensor) -> Scores:
     """How often an embedding is nearest to its own true one, and their mean cosine.
 
-    **Shapes**: z (N, D), z_true (M, D).
+    **Shapes**: z (N, D), z_true (N, D).
     """
-    ranks = sample_ranks(z[:, None], z_true)
-    cosine = F.cosine_similarity(z.float(), z_true[: len(z)].float())
+    cosine = F.cosine_similarity(z.float(), z_true.float())
     return {
-        "nearest": float((ranks == 0).float().mean()),
+        "nearest": float((ranks(z, z_true, torch.arange(len(z))) == 0).float().mean()),
         "cosine": float(cosine.mean()),
-        "pictures": len(z),
     }
-
-
-def cosine_to_others(z: Tensor) -> float:
-    """Mean cosine between different pictures: what a random other one has. **Shapes**: z (M, D)."""
-    unit = F.normalize(z.float(), dim=-1)
-    cosine = unit @ unit.T
-    return float((cosine.sum() - cosine.trace()) / (len(z) * (len(z) - 1)))
-
-
-def shift(x: Tensor) -> Tensor:
-    """Move pictures right by one pixel, repeating the left edge. **Shapes**: (B, 3, H, W) → same"""
-    return F.pad(x, (1, 0, 0, 0), mode="replicate")[..., :-1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Analytic-DPM against Gaussian data, for which every step is known in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unclip.diffusion.analytic import AnalyticDPM, interpolated, measure_power, reverse_variance
+from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.errors import ConfigError
+
+DIFFUSION = GaussianDiffusion(DiffusionConfig(target="x0"))
+
+
+def optimal(deviation: float):
+    """The best x0 there is for numbers of N(0, deviation²)."""
+
+    def guess(x: torch.Tensor, t: int) -> tuple[torch.Tensor, None]:
+        alpha_bar = float(DIFFUSION.alpha_bar[t])
+        gain = alpha_bar**0.5 * deviation**2 / (alpha_bar * deviation**2 + 1 - alpha_bar)
+        return gain * x, None
+
+    return guess
+
+
+def true_power(deviation: float) -> torch.Tensor:
+    """E ε²: the best ε of x_t is √(1 − ᾱ) x_t over the variance of x_t."""
+    alpha_bar = DIFFUSION.alpha_bar
+    return (1 - alpha_bar) / (alpha_bar * deviation**2 + 1 - alpha_bar)
+
+
+@pytest.mark.parametrize("deviation", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize(("t", "s"), [(999, 900), (600, 590), (500, 100), (40, 10)])
+def test_the_variance_of_gaussian_data_is_that_of_bayes(deviation: float, t: int, s: int) -> None:
+    here, there = float(DIFFUSION.alpha_bar[t]), float(DIFFUSION.alpha_bar[s])
+    var_s = there * deviation**2 + 1 - there
+    var_t = here * deviation**2 + 1 - here
+    # x_t = √(ᾱ_t/ᾱ_s) x_s + noise: the variance of x_s that x_t leaves.
+    expected = var_s - (here / there) * var_s**2 / var_t
+    got = reverse_variance(here, there, float(true_power(deviation)[t]))
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_measured_statistics_are_those_of_the_data() -> None:
+    g = torch.Generator().manual_seed(0)
+    batches = [(0.6 * torch.randn(500, 8, generator=g), optimal(0.6)) for _ in range(4)]
+    timesteps = [10, 300, 700, 999]
+    power = measure_power(DIFFUSION, batches, timesteps, g)
+    expected = true_power(0.6)[timesteps]
+    torch.testing.assert_close(
+        torch.tensor(power, dtype=torch.float64), expected, rtol=0.03, atol=0
+    )
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+def test_few_steps_draw_gaussian_data_with_its_own_variance(steps: int) -> None:
+    """DDPM's own variance falls short with few steps; the best one is exact for any number."""
+    timesteps = torch.linspace(999, 0, steps).round().long().tolist()
+    scheduler = AnalyticDPM(DIFFUSION, timesteps, true_power(0.6))
+    generators = [torch.Generator().manual_seed(k) for k in range(400)]
+    x = torch.stack([torch.randn(64, generator=g) for g in generators])
+    guess = optimal(0.6)
+    for t in scheduler.timesteps:
+        x = scheduler.step(guess(x, int(t))[0], t, x, generator=generators)
+    assert float(x.std()) == pytest.approx(0.6, rel=0.02)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+    scheduler = AnalyticDPM(DIFFUSION, [999, 500, 0], true_power(0.6))
+    x0, x = torch.zeros(3, 4), torch.ones(3, 4)
+
+    def step(rows: slice) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(k) for k in range(3)[rows]]
+        return scheduler.step(x0[rows], torch.tensor(999), x[rows], generator=generators)
+
+    assert torch.equal(step(slice(0, 3))[1:2], step(slice(1, 2)))
+
+
+def test_between_measured_timesteps_statistics_are_interpolated() -> None:
+    power = interpolated({10: 0.2, 20: 0.4, 999: 1.0}, 1000, "prior")
+    torch.testing.assert_close(
+        power[[0, 10, 15, 20, 999]], torch.tensor([0.2, 0.2, 0.3, 0.4, 1.0], dtype=torch.float64)
+    )
+
+
+def test_a_prior_without_statistics_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match="prior holds no statistics"):
+        interpolated({}, 1000, "prior")

@@ -1,0 +1,63 @@
+"""Keeping a part of a picture while the rest is drawn, at every size (RePaint, Lugmayr 2022).
+
+B pictures, S the final side, R a stage's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.diffusion.process import GaussianDiffusion
+from unclip.images import resize
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pictures of which only what the mask shows is drawn anew.
+
+    **Shapes**: pictures (B, 3, S, S) in [-1, 1]; mask (B, 1, S, S) bool, True = drawn anew.
+    """
+
+    pictures: Tensor
+    mask: Tensor
+
+    def at(self, side: int) -> Kept:
+        """The same at another size; a pixel is kept where everything under it is.
+
+        **Shapes**: → pictures (B, 3, R, R), mask (B, 1, R, R).
+        """
+        here = self.mask.shape[-1]
+        if side == here:
+            return self
+        mask = self.mask.float()
+        # Where a side is no multiple of the other, windows overlap, so that none is passed over.
+        smaller = F.adaptive_max_pool2d(mask, side) if side < here else F.interpolate(mask, side)
+        return Kept(resize(self.pictures, side).clamp(-1, 1), smaller > 0)
+
+    def paste(self, x: Tensor) -> Tensor:
+        """What is kept, into x of the same size. **Shapes**: (B, 3, S, S) → same."""
+        return torch.where(self.mask, x, self.pictures.to(x.dtype))
+
+    def after(
+        self, diffusion: GaussianDiffusion, generators: Sequence[torch.Generator]
+    ) -> Callable[[Tensor, int | None, slice], Tensor]:
+        """What to do after each step: put back what is kept, as noisy as x is there.
+
+        The noise is drawn by each picture's own generator, one draw a step.
+        """
+
+        def put_back(x: Tensor, t: int | None, rows: slice) -> Tensor:
+            known = self.pictures[rows]
+            if t is not None:
+                own = generators[rows]
+                noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in own])
+                times = torch.full((len(x),), t, device=x.device)
+                known = diffusion.q_sample(known, times, noise.to(x.device))
+            return torch.where(self.mask[rows], x, known)
+
+        return put_back

@@ -1,0 +1,56 @@
+"""Text on its way in and out: arguments and file names that are no UTF-8, consoles that are not.
+
+Python holds a byte that it can't decode as half a character (a lone surrogate, PEP 383), which no
+encoder takes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+
+PLAIN = "unclip.plain"  # how consoles treat what they can't show
+
+
+def whole(text: str) -> str:
+    """The same with halves of characters joined, or replaced where the other half is missing."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_whole(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    return whole(text) == text
+
+
+def meant(argument: str) -> str:
+    """What a command-line argument says, in whatever encoding the console has: UTF-8 or Latin-1."""
+    if is_whole(argument):
+        return argument
+    try:
+        data = os.fsencode(argument)
+    except UnicodeEncodeError:
+        return whole(argument)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def open_console() -> None:
+    """Let any text be printed: what the console can't show goes out as the bytes of a file's name
+    where there are such, so that a printed path names its file, and else as an escape."""
+    codecs.register_error(PLAIN, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=PLAIN)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    try:
+        return os.fsencode(text), error.end
+    except UnicodeEncodeError:
+        return text.encode("ascii", "backslashreplace"), error.end
