@@ -208,10 +208,6 @@ def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: 
     return ids.masked_fill((draws < share) & inside, 0)
 
 
-def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Generator:
-    return randomness.generator(seed, purpose, int(sample_id))
-
-
 def captions_of(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
     """Some wordings of every picture, or of as many as `MANY`."""
     stride = -(-len(dataset) // MANY)
