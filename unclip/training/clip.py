@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import load_weights
-from unclip.training.teacher import Teacher, TeacherConfig
+from unclip.training.teacher import TaughtConfig, Teacher
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
 # larger dataset; for a teacher to have read, a few more.
@@ -62,7 +62,7 @@ class ClipRun(Config):
     """Token embeddings for CLIP's whole vocabulary, or only for what the captions use."""
     augment: AugmentConfig
     restore: RestoreConfig | None = None
-    teacher: TeacherConfig | None = None
+    teacher: TaughtConfig | None = None
     train: TrainConfig
 
 
@@ -82,14 +82,14 @@ class ClipTask:
         context, vocabulary = config.model.text_cfg.context_length, None
         self.teacher: Teacher | None = None
         if config.teacher is not None:
-            captions = _captions(train, TAUGHT_DRAWS)
+            captions = captions_of(train, TAUGHT_DRAWS)
             here = torch.device("cpu")  # the teacher stays there
             half = resolve_precision(config.train.precision, here) == "bf16"
             dtype = torch.bfloat16 if half else torch.float32
             self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
         if config.vocabulary == "data":
             phrases = self.teacher.phrases if self.teacher is not None else []
-            vocabulary = vocabulary_of([*_captions(train), *phrases], context)
+            vocabulary = vocabulary_of([*captions_of(train), *phrases], context)
         self.tokenizer = BpeTokenizer(context, vocabulary)
         rows = int(self.tokenizer.rows.max()) + 1
         text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
@@ -139,27 +139,10 @@ class ClipTask:
         if self.val is None:
             return None
         clip = self._frozen(copy.deepcopy(self.product))
-        chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
-        samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
-        z_image = torch.cat(
-            [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
-        )  # (N, D)
-        z_text = torch.cat(
-            [clip.encode_text(part).embed for part in _chunks([s.caption for s in samples])]
-        )  # (N, D)
-        rank = retrieval_rank(z_image, z_text)
-        scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+        out = Path(self.config.train.out)
         if isinstance(self.model, AidedCLIP) and self.model.head is not None:
-            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
-            scores["restored"] = round(self.model.error(z_image, x).mean().item(), 4)
-        line = json.dumps({"step": self.step, **scores, "n": len(rank)})
-        if PartialState().is_main_process:
-            print(f"retrieval of validation captions: {line}", flush=True)
-            with (Path(self.config.train.out) / "val.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
-        grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
-        return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
+            return show_retrieval(clip, self.val, self.step, out, self.model.error)
+        return show_retrieval(clip, self.val, self.step, out)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
@@ -176,6 +159,41 @@ class ClipTask:
         size = self.model_config.vision_cfg.image_size
         preprocess = PreprocessConfig(size=size, mean=HALF, std=HALF)
         return FrozenCLIP(towers, preprocess, self.config.name)
+
+
+@torch.no_grad()
+def show_retrieval(
+    clip: FrozenCLIP,
+    val: Dataset,
+    step: int,
+    out: Path,
+    restored: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Image.Image:
+    """Similarity of validation pictures (rows) and captions; scores go to val.jsonl in `out`.
+
+    **Shapes**: `restored` gives the error (N,) of embeddings (N, D) for pictures (N, 3, R, R).
+    """
+    chosen = range(0, len(val), -(-len(val) // MOST_SHOWN))
+    samples = [fixed(val, i, randomness.generator(0, "val", i)) for i in chosen]
+    z_image = torch.cat(
+        [clip.encode_image(torch.stack(part)) for part in chunks([s.image for s in samples])]
+    )  # (N, D)
+    z_text = torch.cat(
+        [clip.encode_text(part).embed for part in chunks([s.caption for s in samples])]
+    )  # (N, D)
+    rank = retrieval_rank(z_image, z_text)
+    scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+    if restored is not None:
+        x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+        scores["restored"] = round(restored(z_image, x).mean().item(), 4)
+    line = json.dumps({"step": step, **scores, "n": len(rank)})
+    if PartialState().is_main_process:
+        print(f"retrieval of validation captions: {line}", flush=True)
+        with (out / "val.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
+    grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
+    return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
 
 def place(images: Tensor, ids: Tensor, seed: int, augment: AugmentConfig) -> Tensor:
@@ -210,14 +228,16 @@ def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Gen
     return randomness.generator(seed, purpose, int(sample_id))
 
 
-def _captions(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
+def captions_of(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
+    """Some wordings of every picture, or of as many as `MANY`."""
     stride = -(-len(dataset) // MANY)
     for index in range(0, len(dataset), stride):
         for draw in range(draws if stride == 1 else 1):
             yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
 
 
-def _chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+def chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+    """At most `size` items at a time."""
     for first in range(0, len(items), size):
         yield items[first : first + size]
 
