@@ -83,7 +83,7 @@ def train(out: Path, clip: Path, folder: Path) -> None:
     torch.manual_seed(0)
     scenes = Few(16)
     task = ClipTextTask(config, scenes, Few(16, "val"))
-    stream = partial(batches, scenes, batch=4, seed=2)
+    stream = partial(batches, task.data, batch=4, seed=2)
     fit(task, lambda step: stream(start_step=step), config.train, config, Accelerator(cpu=True))
 
 

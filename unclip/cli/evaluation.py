@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from unclip.cli.arguments import (
     by_stage,
 )
 from unclip.cli.shell import default_model, precision, to_device
+from unclip.errors import UnclipWarning
 
 
 def evaluate(
@@ -89,7 +91,9 @@ def evaluate(
     weights = source.hash
     where = to_device(device)
     pipe = UnCLIP.from_pretrained(source, where, precision(dtype, where))
-    evaluation = measure(pipe, weights, request, out / "pictures")
+    with warnings.catch_warnings():  # captions of data with words that it lacks are measured
+        warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
+        evaluation = measure(pipe, weights, request, out / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", evaluation.scores)
     (out / "report.html").write_text(page(evaluation, f"{source.root} on {data}"), encoding="utf-8")

@@ -59,12 +59,13 @@ def vary(
     picture = None if source.suffix in SUFFIXES else load_image(source)
     making = Making("vary", asked, n, source=source.name, eta=eta)
     making.options = making.pipe.varied(making.options)
+    z_image, keys = None, [source.stem]
     if picture is None:
         z_image, keys = read_embeddings(source, making.pipe.encoder)
-    else:
-        z_image, keys = making.pipe.encode_image(picture), [source.stem]
     making.writer.expect(n * len(keys))
-    pictures = making.pipe.iterate(n=n, seed=asked.seed, z_image=z_image, options=making.options)
+    pictures = making.pipe.iterate(
+        n=n, seed=asked.seed, image=picture, z_image=z_image, options=making.options
+    )
     names = [f"{Path(key).stem} variation" for key in keys for _ in range(n)]
     title = f"{source.stem} variation"
     making.save(pictures, names, columns=_columns(len(keys), n), title=title)

@@ -30,6 +30,7 @@ from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
+from unclip.training.augment import place
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import load_weights
 from unclip.training.teacher import TaughtConfig, Teacher
@@ -108,7 +109,7 @@ class ClipTask:
         """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
         self.step = step + 1
         seed, augment = self.config.train.seed, self.config.augment
-        images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
+        images = place(batch.images, batch.ids, seed, augment.shift, augment.scale)  # (B, 3, R, R)
         ids, mask = self.tokenizer(batch.captions)  # (B, L)
         ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
         ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
@@ -196,36 +197,15 @@ def show_retrieval(
     return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
 
-def place(images: Tensor, ids: Tensor, seed: int, augment: AugmentConfig) -> Tensor:
-    """Shift and scale each picture at random on white. **Shapes**: (B, 3, R, R) → same."""
-    if augment.shift == 0 and augment.scale == 0:
-        return images
-    draws = torch.stack([torch.rand(3, generator=_generator(seed, i)) for i in ids])  # (B, 3)
-    unit = 2 * draws - 1  # (B, 3) in [-1, 1]
-    theta = torch.zeros(len(ids), 2, 3)
-    zoom = 1 / (1 + augment.scale * unit[:, 0])
-    theta[:, 0, 0] = theta[:, 1, 1] = zoom
-    theta[:, :, 2] = 2 * augment.shift * unit[:, 1:]  # a picture spans [-1, 1]
-    theta = theta.to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # Outside a picture grid_sample reads 0: shift white there and back.
-    return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
-
-
 def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: float) -> Tensor:
     """Read a share of the tokens between start and end as unknown (row 0). **Shapes**: (B, L)."""
     if share == 0:
         return ids
-    draws = torch.stack(
-        [torch.rand(ids.shape[1], generator=_generator(seed, i, "words")) for i in sample_ids]
-    )  # (B, L)
+    generators = [randomness.generator(seed, "words", int(i)) for i in sample_ids]
+    draws = torch.stack([torch.rand(ids.shape[1], generator=g) for g in generators])  # (B, L)
     position = torch.arange(ids.shape[1])
     inside = (position > 0) & (position < mask.sum(1, keepdim=True) - 1)
     return ids.masked_fill((draws < share) & inside, 0)
-
-
-def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Generator:
-    return randomness.generator(seed, purpose, int(sample_id))
 
 
 def captions_of(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
