@@ -256,3 +256,22 @@ def test_a_broken_tensorboard_costs_a_warning(
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     start(write(tmp_path), "bad_from=99")
     assert "Descriptors" in capsys.readouterr().err and len(lines(tmp_path / "run")) == 8
+
+
+def test_a_deterministic_run_sets_what_gpus_need_and_is_the_same_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    path = write(tmp_path)
+    start(path, f"train.out={tmp_path / 'a'}")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        start(path, f"train.out={tmp_path / 'b'}", "train.deterministic=true")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (lines(tmp_path / name) for name in "ab")
+    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
+    assert torch.get_float32_matmul_precision() == "highest"  # a CPU keeps its bits
