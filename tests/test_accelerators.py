@@ -93,7 +93,9 @@ def sample_there(model: str, out: str) -> None:
     for offload in (False, True):
         for k, picture in enumerate(sample(model, device, offload)):
             picture.save(Path(out, f"{offload} {k}.png"))
-    end({})
+    pipe = UnCLIP.from_pretrained(model, device)
+    pipe.text_to_image("a red apple", size=16, steps=1)[0].save(Path(out, "default.png"))
+    end({"dtype": str(pipe.dtype)})
 
 
 def sample(model: str, device: torch.device, offload: bool) -> list[Image.Image]:
@@ -161,11 +163,15 @@ def test_training_is_that_of_the_cpu_and_waits_for_nothing(
 
 def test_pictures_are_those_of_the_cpu(model_folder: Path, tmp_path: Path) -> None:
     """A prior that was offloaded undid its scale with statistics of the other device."""
-    together(sample_there, str(model_folder), str(tmp_path), processes=1)
+    told = found(together(sample_there, str(model_folder), str(tmp_path), processes=1))
     for offload in (False, True):
         for k, here in enumerate(sample(str(model_folder), torch.device("cpu"), offload)):
             there = Image.open(tmp_path / f"{offload} {k}.png")
             assert_close(to_tensor(there), to_tensor(here), rtol=0, atol=2.1 / 255)
+    assert told == {"dtype": "torch.float16"}
+    exact = UnCLIP.from_pretrained(model_folder).text_to_image("a red apple", size=16, steps=1)
+    half = Image.open(tmp_path / "default.png")
+    assert (to_tensor(half) - to_tensor(exact[0])).abs().mean() < 0.02
 
 
 def test_the_pretended_device_refuses_mixtures_and_counts_waits() -> None:

@@ -28,6 +28,7 @@ from unclip.files.folder import update_index
 from unclip.images import pad_to_square, resize, to_pil, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
 from unclip.options import Options
+from unclip.precision import default_dtype
 from unclip.sources import Source
 from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
@@ -69,7 +70,7 @@ class UnCLIP:
         cls,
         folder: str | Path | Source,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         upsampler_1024: str | Path | None = None,
         offload: bool = False,
         variant: str | None = None,
@@ -77,12 +78,14 @@ class UnCLIP:
         """Load a model folder, a run folder (its newest checkpoint) or one in Karlo's layout.
 
         `folder` is on this machine or a hub id such as `kakaobrain/karlo-v1-alpha`; `variant` the
-        copy of the weights to read where there are several, such as fp16.
+        copy of the weights to read where there are several, such as fp16. Without `dtype` networks
+        compute in half precision on an accelerator, in float32 on a CPU.
         `upsampler_1024` is a folder from which that stage is taken. With `offload` weights stay in
         main memory and only the stage at work is on `device`.
 
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
+        dtype = default_dtype(device) if dtype is None else dtype
         source = folder if isinstance(folder, Source) else Source(folder, variant)
         if upsampler_1024 is not None:
             source.stages["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")

@@ -39,7 +39,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …, or auto."
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep one stage at a time on the device: less memory.")
 ]
-Precision = Annotated[Dtype, typer.Option("--dtype", help="Precision of the networks.")]
+Precision = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype", help="Precision of the networks [default: fp16 on accelerators, fp32 on CPUs]."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Asked:
     model: Model = None
     variant: Variant = None
     device: Device = "auto"
-    dtype: Precision = "fp32"
+    dtype: Precision = None
     offload: Offload = False
 
 

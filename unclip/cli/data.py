@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from unclip.cli.arguments import Device, Model, Pictures, Precision, Variant
-from unclip.cli.shell import default_model, to_device, to_dtype
+from unclip.cli.shell import default_model, precision, to_device
 from unclip.errors import ConfigError, DataError, UnclipWarning
 
 
@@ -19,7 +19,7 @@ def embed(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
-    dtype: Precision = "fp32",
+    dtype: Precision = None,
 ) -> None:
     """Write the CLIP image embeddings of pictures, which `vary` reads.
 
@@ -39,7 +39,8 @@ def embed(
     check_writable(out.parent, "--out")
     clip = Source(model or default_model(), variant).need_clip()
     encoder = clip.fingerprint  # taken in float32 and kept
-    pipe = UnCLIP(clip.to(to_device(device), to_dtype(dtype)))
+    where = to_device(device)
+    pipe = UnCLIP(clip.to(where, precision(dtype, where)), device=where)
     rows, keys = [], []
     for path in progress_bar(images, "embed"):
         try:

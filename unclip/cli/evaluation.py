@@ -17,7 +17,7 @@ from unclip.cli.arguments import (
     Steps,
     by_stage,
 )
-from unclip.cli.shell import default_model, to_device, to_dtype
+from unclip.cli.shell import default_model, precision, to_device
 from unclip.errors import UnclipWarning
 
 
@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("evaluation"),
     device: Device = "auto",
-    dtype: Precision = "fp32",
+    dtype: Precision = None,
 ) -> None:
     """Measure a model stage by stage against its data; writes report.json and report.html.
 
@@ -89,7 +89,8 @@ def evaluate(
         **asked,
     )
     weights = source.hash
-    pipe = UnCLIP.from_pretrained(source, to_device(device), to_dtype(dtype))
+    where = to_device(device)
+    pipe = UnCLIP.from_pretrained(source, where, precision(dtype, where))
     with warnings.catch_warnings():  # captions of data with words that it lacks are measured
         warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
         evaluation = measure(pipe, weights, request, out / "pictures")

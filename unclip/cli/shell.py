@@ -57,12 +57,13 @@ class Making:
         from unclip.sources import Source
 
         model = Source(root, asked.variant, found=True)
-        device, dtype = to_device(asked.device), to_dtype(asked.dtype)
+        device = to_device(asked.device)
+        dtype = precision(asked.dtype, device)
         self.hash = model.hash
         self.pipe = UnCLIP.from_pretrained(model, device, dtype, offload=asked.offload)
         named |= {"size": asked.size, "tile": asked.tile}
         self.options = Options.of(named | more, meant_for=meant_for)
-        self.about = {"verb": verb, "source": source, "dtype": asked.dtype}
+        self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,6 +130,18 @@ def to_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name!r} can't be used here: {reason}") from None
     return device
+
+
+def precision(name: str | None, device: torch.device) -> torch.dtype:
+    """What networks compute in: as asked, or what suits the device."""
+    from unclip.precision import default_dtype
+
+    return default_dtype(device) if name is None else to_dtype(name)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """fp32, fp16 or bf16."""
+    return next(name for name in DTYPES if to_dtype(name) == dtype)
 
 
 def to_dtype(name: str) -> torch.dtype:
