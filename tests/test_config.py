@@ -7,6 +7,8 @@ from typing import Literal
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from unclip.config import Config, Place, load_config, parse_config, read_yaml, save_config
@@ -86,6 +88,31 @@ def test_dotted_overrides_replace_and_add(tmp_path: Path) -> None:
 def test_an_override_of_text_is_taken_to_its_end(tmp_path: Path, text: str) -> None:
     """Overrides were YAML: `train.out=runs/x #2` wrote into runs/x, beside another's files."""
     assert load(tmp_path, "train: {lr: 1}", f"train.label={text}").train.label == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_any_text_comes_through_an_override_and_a_saved_configuration(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    config = load(folder, "train: {lr: 1}", f"train.label={text}")
+    assert config.train.label == text
+    save_config(config, folder / "saved.yaml")
+    assert load_config(folder / "saved.yaml", [], Outer) == config
+
+
+@given(text=st.text("0123456789+-.eE_ #:,[]{}'\"~nulltrue", max_size=12))
+def test_an_override_of_a_number_is_that_number_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    try:
+        steps = load(
+            tmp_path_factory.getbasetemp(), "train: {lr: 1}", f"train.steps={text}"
+        ).train.steps
+    except ConfigError:
+        return
+    assert steps == int(text)
 
 
 def test_an_override_of_text_that_may_be_absent_can_say_so(tmp_path: Path) -> None:

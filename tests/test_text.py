@@ -7,8 +7,10 @@ import os
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from unclip.text import is_whole, meant, open_console, whole
+from unclip.text import PLAIN, is_whole, meant, open_console, whole
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,12 @@ def test_any_text_is_printed_and_names_of_files_keep_their_bytes(
     first, second, *rest = bytes_.getvalue().splitlines()
     assert first == b"caf\xe9.png" and second == "红.png".encode()
     assert rest == [rb"\ud83d", b"plain"]
+
+
+@given(
+    text=st.text(st.characters(codec=None)), encoding=st.sampled_from(["utf-8", "ascii", "cp1252"])
+)
+def test_nothing_is_too_odd_to_be_printed(text: str, encoding: str) -> None:
+    open_console()
+    text.encode(encoding, PLAIN)
+    assert is_whole(whole(text)) and is_whole(meant(text))

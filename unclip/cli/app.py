@@ -1,5 +1,8 @@
 """The shell: `unclip text "a red apple"`, and the verbs of its other rooms.
 
+A verb is a function in one of the files of this package, and a row in the list below. One that
+makes pictures takes `Asked`, which has the options that all of these share, and a `Making`.
+
 What needs torch is imported inside the verbs, so that a mistyped option answers at once.
 """
 

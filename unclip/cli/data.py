@@ -40,7 +40,7 @@ def embed(
     clip = Source(model or default_model(), variant).need_clip()
     encoder = clip.fingerprint  # taken in float32 and kept
     where = to_device(device)
-    pipe = UnCLIP(clip.to(where, precision(dtype, where)))
+    pipe = UnCLIP(clip.to(where, precision(dtype, where)), device=where)
     rows, keys = [], []
     for path in progress_bar(images, "embed"):
         try:

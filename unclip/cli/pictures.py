@@ -13,8 +13,9 @@ from unclip.cli.shell import Making, square
 
 def text(
     prompts: Prompts,
-    asked: Asked,
     n: N = 1,
+    *,
+    asked: Asked,
     prior_candidates: Annotated[
         int | None,
         typer.Option(
@@ -43,8 +44,9 @@ def vary(
     source: Annotated[
         Path, typer.Argument(metavar="IMAGE|EMBEDDINGS", help="A picture, .safetensors or .npy.")
     ],
-    asked: Asked,
     n: N = 1,
+    *,
+    asked: Asked,
     eta: Annotated[
         float | None,
         typer.Option(
