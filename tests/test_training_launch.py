@@ -19,8 +19,9 @@ from processes import free_port, together
 from tiny_task import TinyConfig
 from torch.testing import assert_close
 
-from unclip.config import load_config
-from unclip.training.fit import learning_rate
+from unclip.config import load_config, save_config
+from unclip.training.fit import fit, learning_rate
+from unclip.training.launch import start_accelerator
 
 TESTS = Path(__file__).parent
 ACCELERATE = TESTS.parent / "configs" / "accelerate"
@@ -51,6 +52,23 @@ def assert_same_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> N
     for a, b in zip(one, two, strict=True):
         for name in {"loss", "absolute", "odd", "grad_norm"} & {*a}:
             assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def begin_two(path: str) -> None:
+    """Train with a beginning that only the first process makes."""
+    settings = load_config(path, [], TinyConfig)
+    accelerator = start_accelerator("fp32")
+    task = tiny_task.TinyTask(settings)
+
+    def begin() -> None:
+        print(f"begun by {accelerator.process_index} on {next(task.model.parameters()).device}")
+        torch.nn.init.constant_(task.model.lift.weight, 0.5)  # type: ignore[union-attr, arg-type]
+
+    def batches(step: int) -> Any:
+        return tiny_task.stream(settings, step, accelerator.process_index, 2)
+
+    fit(task, batches, settings.train, settings, accelerator, begin)
+    print(f"ends with {task.model.lift.weight.mean():.4f}")  # type: ignore[union-attr, operator]
 
 
 def start_two(*arguments: str) -> str:
@@ -275,3 +293,13 @@ def test_a_deterministic_run_sets_what_gpus_need_and_is_the_same_on_a_cpu(
     a, b = (lines(tmp_path / name) for name in "ab")
     assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
     assert torch.get_float32_matmul_precision() == "highest"  # a CPU keeps its bits
+
+
+def test_a_run_is_begun_once_and_all_processes_go_on_from_there(tmp_path: Path) -> None:
+    """Each fitted its own draft, on the CPU, and all but the first one's were thrown away."""
+    settings = load_config(write(tmp_path), ["train.steps=1", "train.lr=1e-12"], TinyConfig)
+    path = tmp_path / "once.yaml"
+    save_config(settings, path)
+    printed = together(begin_two, str(path))
+    assert printed.count("begun by 0 on cpu") == 1 and "begun by 1" not in printed
+    assert printed.count("ends with 0.5000") == 2

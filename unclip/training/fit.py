@@ -283,7 +283,7 @@ class _Trainer:
         spread = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         norm = sharding.whole(spread)
         finite = loss.isfinite() & norm.isfinite()
-        flags = torch.stack([~finite, torch.tensor(stop, device=finite.device)]).int()
+        flags = torch.stack([~finite, torch.full_like(finite, stop)]).int()
         if self.accelerator.num_processes > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         skipped, stop = (bool(flag) for flag in flags.tolist())
