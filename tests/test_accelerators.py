@@ -16,12 +16,14 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from processes import together
 from test_tasks import ROOT, tiny
+from test_training_ar_prior import tiny as tiny_ar_prior
 from torch.testing import assert_close
 
 from unclip.config import load_config
 from unclip.images import to_tensor
 from unclip.pipeline import UnCLIP
 from unclip.training import drafts, fit
+from unclip.training.ar_prior import train_ar_prior
 from unclip.training.clip import ClipRun, train_clip
 from unclip.training.decoder import train_decoder
 from unclip.training.prior import train_prior
@@ -34,15 +36,22 @@ TRAIN: dict[str, Callable[..., Any]] = {
     "blur": train_upsampler,
     "bsr": train_upsampler,
     "clip": train_clip,
+    "restore": train_clip,
+    "ar_prior": train_ar_prior,
 }
 
 
 def configured(what: str, clip: str, out: Path, precision: str) -> Any:
     common = [*STEPS, f"train.out={out}", f"train.precision={precision}", "data.train=shapes:val"]
-    if what == "clip":
+    if what in ("clip", "restore"):
         small = ["train.batch=8", "model.vision_cfg.layers=1", "model.text_cfg.layers=1"]
         small += ["augment.shift=0.1", "augment.unknown_words=0.1", "data.val=null"]
+        if what == "restore":
+            small += ["restore={side: 8, noise: 0.1, network: {width: 32}}"]
         return load_config(ROOT / "configs/shapes/clip.yaml", [*common, *small], ClipRun)
+    if what == "ar_prior":
+        assert precision == "fp32"  # which it says itself
+        return tiny_ar_prior(Path(clip), *(key for key in common if "precision" not in key))
     common += ["sampling.steps=2"]
     if what == "decoder":
         more = ["model.layout={side: 8, width: 32}", "model.unet.checkpointing=true"]
@@ -58,6 +67,7 @@ def train(what: str, clip: str, out: Path, precision: str, device: torch.device)
     """The losses of two steps, with previews before and after."""
     drafts.LAYOUT_EPOCHS = drafts.DRAFT_EPOCHS = 1
     drafts.LAYOUT_COUNT = drafts.DRAFT_COUNT = drafts.STATISTICS_COUNT = 64
+    drafts.QUANTIZER_COUNT = 64
     AcceleratorState._reset_state(reset_partial_state=True)
     bf16 = precision == "bf16"
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
@@ -151,6 +161,8 @@ def found(printed: str) -> dict[str, Any]:
         ("blur", "bf16"),
         ("bsr", "fp32"),
         ("clip", "fp32"),
+        ("restore", "bf16"),
+        ("ar_prior", "fp32"),
     ],
 )
 def test_training_is_that_of_the_cpu_and_waits_for_nothing(

@@ -118,10 +118,11 @@ class ClipTextTask:
         drawn = batch.ids.repeat_interleave(each) * each + torch.arange(each).repeat(len(ids))
         rows = randomness.integers(seed, "phrase", drawn, len(self.teacher.phrases))  # (B k,)
         phrases = self.towers.tokenizer([self.teacher.phrases[row] for row in rows.tolist()])
-        texts = (part.to(device) for part in (ids, mask, *phrases))
-        z_text, z_phrase, scale = model(*texts)
-        found = contrastive_loss(batch.z_image, z_text, ids.to(device), scale)
-        off = 1 - (z_phrase * self.meant[rows].to(device)).sum(-1)  # (B k,)
+        parts = (ids, mask, *phrases, self.meant[rows])
+        ids, *texts, meant = (part.to(device, non_blocking=True) for part in parts)
+        z_text, z_phrase, scale = model(ids, *texts)
+        found = contrastive_loss(batch.z_image, z_text, ids, scale)
+        off = 1 - (z_phrase * meant).sum(-1)  # (B k,)
         off = off.view(-1, each).mean(1)
         loss = found["loss"] + self.config.phrases.weight * off
         return {"loss": loss, "contrast": found["loss"], "phrases_off": off, "top1": found["top1"]}
