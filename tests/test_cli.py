@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import tiny_clip, tiny_decoder
 from PIL import Image
 from safetensors import safe_open
 
 from unclip.cli import main
-from unclip.cli.output import free_path, slug
+from unclip.cli.arguments import expanded
+from unclip.cli.output import slug
 from unclip.cli.shell import default_model
-from unclip.cli.summary import model_hash
+from unclip.files.disk import write_new
 from unclip.images import to_tensor
+from unclip.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +71,7 @@ def test_text_writes_pictures_a_sheet_and_how_they_were_made(run, tmp_path, pipe
     image.load()
     assert image.size == (64, 64)
     assert image.text["prompt"] == "a red apple" and image.text["seed"] == "4"
-    assert image.text["model"] == model_hash(model_folder)
+    assert image.text["model"] == Source(model_folder).hash
     settings = json.loads(image.text["settings"])
     assert settings["verb"] == "text" and settings["prior_candidates"] == 2
     assert settings["sampling"]["decoder"]["steps"] == 2
@@ -89,19 +96,20 @@ def test_several_prompts_are_prompt_major_and_drawn_in_batches(run, tmp_path, mo
 
 
 def test_what_is_ready_stays_when_a_later_batch_fails(run, tmp_path, monkeypatch):
+    """At the largest size, where pictures go one by one through the last stage only."""
     from unclip.errors import DataError
-    from unclip.pipeline import UnCLIP
+    from unclip.stages.stage import Stage
 
-    draw = UnCLIP.text_to_image
+    draw = Stage.draw
 
-    def fails_later(self, prompt, seed=0, **options):
-        if seed > 0:
+    def fails_later(self, cond, shape, config, generators, **more):
+        if self.name == "upsampler_64" and generators[0].initial_seed() > 0:
             raise DataError("the lights went out")
-        return draw(self, prompt, seed=seed, **options)
+        return draw(self, cond, shape, config, generators, **more)
 
-    monkeypatch.setattr(UnCLIP, "text_to_image", fails_later)
-    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 1)
-    code, out, _ = run("text", "a red apple", "--n", 3, "--size", 16, "--out", tmp_path)
+    monkeypatch.setattr(Stage, "draw", fails_later)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 16**2)
+    code, out, _ = run("text", "a red apple", "--n", 3, "--out", tmp_path)
     assert code == 3 and Path(out.strip()).is_file()
 
 
@@ -173,7 +181,7 @@ def test_info_lists_every_stage(run, model_folder, pipe):
     for name in ("clip", "prior", "decoder", "upsampler_32", "upsampler_64"):
         assert any(line.startswith(name) for line in out.splitlines())
     assert "32 → 64 px" in out and "ddim, 2 steps, guidance 2" in out and "tiny 0" in out
-    assert model_hash(model_folder) in out
+    assert Source(model_folder).hash in out
 
 
 def test_assemble_collects_runs_into_a_model(run, tmp_path, pipe, model_folder):
@@ -278,8 +286,28 @@ def test_damaged_and_huge_pictures_exit_3(run, tmp_path, apple):
         for verb in ("vary", "upscale"):
             code, _, err = run(verb, tmp_path / name, "--out", tmp_path / "o")
             assert code == 3 and name in err
-    code, _, err = run("embed", apple, tmp_path / "cut.png", "--out", tmp_path / "z.safetensors")
-    assert code == 3 and "cut.png" in err
+    code, _, err = run("embed", tmp_path / "cut.png", "--out", tmp_path / "z.safetensors")
+    assert code == 3 and "cut.png" in err and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_damaged_picture_among_others_is_left_out_and_named(run, tmp_path, apple):
+    """It cost the embeddings of all the others."""
+    (tmp_path / "cut.png").write_bytes(apple.read_bytes()[:60])
+    images = (apple, tmp_path / "cut.png", tmp_path / "missing.png", apple)
+    code, out, err = run("embed", *images, "--out", tmp_path / "z.safetensors")
+    assert code == 0 and err.count("warning: left out") == 2
+    assert "cut.png" in err and "missing.png" in err
+    with safe_open(out.strip(), framework="pt") as file:
+        assert len(file.get_tensor("image_embeds")) == 2
+        assert json.loads(file.metadata()["keys"]) == [str(apple)] * 2
+
+
+def test_an_embedding_that_is_not_finite_is_left_out_and_named(run, tmp_path):
+    np.save(tmp_path / "z.npy", np.array([[1.0] * 16, [np.nan] * 16, [2.0] * 16], np.float32))
+    code, out, err = run("vary", tmp_path / "z.npy", "--size", 16, "--out", tmp_path / "o")
+    assert code == 0 and "z-1" in err and len(out.splitlines()) == 3  # two and their sheet
+    np.save(tmp_path / "z.npy", np.full((2, 16), np.nan, np.float32))
+    assert run("vary", tmp_path / "z.npy", "--size", 16, "--out", tmp_path / "o")[0] == 3
 
 
 def test_names_are_made_of_letters_of_any_script():
@@ -289,14 +317,155 @@ def test_names_are_made_of_letters_of_any_script():
     assert len(slug("long " * 100).encode()) < 200
 
 
-def test_a_free_path_counts_up(tmp_path):
-    assert free_path(tmp_path / "a.png").name == "a.png"
-    for name in ("a.png", "a-1.png"):
-        (tmp_path / name).touch()
-    assert free_path(tmp_path / "a.png").name == "a-2.png"
+def test_a_free_name_counts_up_and_is_given_back_where_writing_fails(tmp_path):
+    def fails(beside):
+        raise OSError("no room")
+
+    names = [write_new(tmp_path / "a.png", lambda beside: beside.touch()).name for _ in range(3)]
+    assert names == ["a.png", "a-1.png", "a-2.png"]
+    with pytest.raises(OSError, match="no room"):
+        write_new(tmp_path / "a.png", fails)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_two_writers_of_one_name_get_two_files(tmp_path):
+    """Of 1,500 saves by two writers into one folder 37 failed with "File exists"."""
+    image = Image.new("RGB", (8, 8))
+
+    def save(_):
+        return write_new(tmp_path / "a.png", lambda beside: image.save(beside, "PNG")).name
+
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(save, range(200)))
+    assert len(set(names)) == 200 == len(list(tmp_path.iterdir()))
 
 
 def test_sample_py_ends_with_the_exit_code_of_its_error(tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), "text", "x", "--model", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4 and "[exit code 4]" in done.stderr
+
+
+def test_text_and_names_are_written_whatever_the_console_can_show(tmp_path, model_folder):
+    """A prompt that the console had no letters for, or a file whose name is Latin-1, was drawn,
+    then ended in UnicodeEncodeError with nothing written."""
+    name = os.fsdecode(tmp_path).encode() + b"/caf\xe9.png"
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "plain.png")
+    os.rename(os.fsencode(tmp_path / "plain.png"), name)
+    code = (
+        "import sys; from unclip.cli import main\n"
+        "for words in (['text', sys.argv[1], '--size', '16'],\n"
+        "              ['embed', sys.argv[2], '--out', 'z.safetensors']):\n"
+        "    try: main([*words, '--model', sys.argv[3], '--device', 'cpu'])\n"
+        "    except SystemExit as exit: assert not exit.code, exit.code\n"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
+    prompt = "zwei Äpfel 红色 🍎".encode()
+    command = [sys.executable, "-c", code, prompt, name, str(model_folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made = [line for line in done.stdout.splitlines() if line]
+    assert len(made) == 2
+    for path in made:  # what was printed names what was written
+        assert os.path.exists(os.path.join(os.fsencode(tmp_path), path)), path
+    picture = Image.open(os.path.join(os.fsencode(tmp_path), made[0]))
+    picture.load()
+    assert picture.text["prompt"] == prompt.decode()
+    assert b"warning: the encoder knows no word" in done.stderr
+
+
+def test_paths_begin_at_home(run, tmp_path, apple, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = run("upscale", "~/apple.png", "--out=~/o")
+    assert code == 0, err
+    assert Path(out.strip()).parent == tmp_path / "o"
+
+
+def test_what_a_prompt_loses_is_said(run, tmp_path):
+    """Two prompts that differed behind the encoder's last token, or in words that it does not know,
+    gave the same pixels without a word."""
+    long = "a blue square and two green circles " * 2 + "and a red apple"
+    code, _, err = run("text", long, "--size", 16, "--out", tmp_path)
+    assert code == 0 and "12 tokens" in err and "green circles and a red apple'" in err
+    code, _, err = run("text", "a red zorgle", "--size", 16, "--out", tmp_path)
+    assert code == 0 and "'zorgle'" in err and "no word" not in err
+    code, _, err = run("text", "红色的苹果", "--size", 16, "--out", tmp_path)
+    assert code == 0 and "knows no word of '红色的苹果'" in err
+    code, _, err = run("text", "A red apple!", "--size", 16, "--out", tmp_path)
+    assert code == 0 and err == ""
+
+
+def test_eta_is_refused_where_the_sampler_has_none(run, tmp_path, apple):
+    """`vary --eta 0` and `--eta 1` gave equal pixels with a decoder sampled by DPM-Solver++."""
+    asked = ("vary", apple, "--size", 16, "--out", tmp_path / "o")
+    code, _, err = run(*asked, "--sampler", "dpm++", "--eta", 0.5)
+    assert code == 2 and "dpm++" in err and "--sampler ddim" in err
+    assert run(*asked, "--sampler", "dpm++")[0] == 0
+    code, out, _ = run(*asked)
+    sampling = json.loads(Image.open(out.strip()).text["settings"])["sampling"]
+    assert code == 0 and sampling["decoder"]["eta"] == 1 and sampling["prior"]["eta"] == 0
+
+
+def test_a_run_is_hashed_once(run, tmp_path, pipe, monkeypatch):
+    """`--model RUN` hashed all weights three times."""
+    from unclip.files import checkpoints
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-10"
+    pipe.save_pretrained(checkpoint)
+    checkpoints.write_manifest(checkpoint)
+    hashed, sha256 = [], checkpoints.sha256
+    for module in ("files.checkpoints", "sources"):
+        monkeypatch.setattr(f"unclip.{module}.sha256", lambda p: hashed.append(p) or sha256(p))
+    args = ("text", "a red apple", "--size", 16, "--out", tmp_path)
+    code, out, err = run(*args, model=tmp_path / "run")
+    assert code == 0, err
+    assert len(hashed) == len(set(hashed))
+    monkeypatch.undo()
+    pipe.save_pretrained(tmp_path / "copy")
+    assert Image.open(out.strip()).text["model"] == Source(tmp_path / "copy").hash
+
+
+def test_a_stage_given_twice_is_an_error(run, tmp_path):
+    code, _, err = run("text", "x", "--out", tmp_path, "--steps", "prior=2,prior=3")
+    assert code == 2 and "twice" in err
+
+
+@pytest.mark.parametrize("verb", ["text", "vary", "embed", "convert", "assemble"])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_sought(run, tmp_path, verb):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "below"
+    args = {
+        "text": ("x", "--out", out),
+        "vary": (tmp_path / "z.npy", "--out", out),
+        "embed": (tmp_path / "a.png", "--out", out / "z.safetensors"),
+        "convert": (tmp_path / "source", out),
+        "assemble": ("--clip", tmp_path / "source", "--out", out),
+    }
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "unclip.json").write_text('{"format": 1, "stages": []}')
+    code, _, err = run(verb, *args[verb], model="nowhere")
+    assert code == 2 and "can't write into" in err
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several verbs may be told."""
+
+    size: Annotated[int, typer.Option(help="In pixels.")] = 64
+    place: Annotated[Path, typer.Option()] = Path("~/x")
+
+
+def say(word: Annotated[str, typer.Argument()], shared: Shared, n: int = 1) -> None:
+    """Say it."""
+    print(word, shared.size, shared.place, n)
+
+
+def test_a_verb_may_take_options_as_one_dataclass(capsys):
+    """So that a verb that makes pictures is its own options and a few lines."""
+
+    app = typer.Typer()
+    app.command()(expanded(say))
+    with pytest.raises(SystemExit):
+        app(["hello", "--size", "3", "--n", "2"])
+    assert capsys.readouterr().out.strip() == f"hello 3 {Path.home() / 'x'} 2"

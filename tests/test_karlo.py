@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ from conftest import tiny_upsampler
 from diffusers import DDPMScheduler, PriorTransformer
 from karlo import Shape, kandinsky_prior, pipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from unclip.cli import main
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.interop.names import Renamed, prior_names
 from unclip.interop.settings import prior_config
 from unclip.pipeline import UnCLIP
@@ -167,3 +170,76 @@ def test_info_lists_the_stages_of_a_karlo(
     count += sum(p.numel() for p in theirs.text_proj.parameters())
     assert f"{count / 1e6:.2f} M" in lines[3]
     assert "ddpm, 25 steps, guidance 8" in lines[3]
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Karlo's weights: `plain`, `shards`, `fp16` alone, and `both` plain and fp16 in shards."""
+    root = tmp_path_factory.mktemp("variants")
+    theirs = pipeline(SMALL, root / "plain")
+    theirs.save_pretrained(root / "shards", max_shard_size="200KB")
+    shutil.copytree(root / "plain", root / "both")
+    theirs.to(torch.float16)
+    theirs.save_pretrained(root / "fp16", variant="fp16")
+    theirs.save_pretrained(root / "both", variant="fp16", max_shard_size="100KB")
+    return root
+
+
+def test_shards_and_variants_give_the_pictures_of_whole_weights(variants: Path) -> None:
+    """Sharded weights were "no weights at …"."""
+
+    def made(name: str, **more: str) -> list[Image.Image]:
+        pipe = UnCLIP.from_pretrained(variants / name, **more)
+        return pipe.text_to_image("two dogs", seed=1, steps=2)
+
+    plain = made("plain")
+    assert distance(made("shards"), plain) == distance(made("both"), plain) == 0
+    half = made("fp16", variant="fp16")
+    assert 0 < distance(half, plain) < 60
+    assert distance(made("both", variant="fp16"), half) == 0
+
+
+def test_info_counts_the_weights_that_are_read(
+    variants: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder with two variants it counted both."""
+
+    def info(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(["info", *words])
+        shown = capsys.readouterr()
+        table = [line for line in shown.out.splitlines() if "parameters" in line]
+        return int(exit.value.code or 0), "\n".join(table), shown.err
+
+    _, plain, _ = info(str(variants / "plain"))
+    assert info(str(variants / "both"))[1] == plain
+    _, half, _ = info(str(variants / "both"), "--variant", "fp16")
+    parameters = [[line.split(" M")[0] for line in text.splitlines()] for text in (plain, half)]
+    assert parameters[0] == parameters[1] and plain != half
+    code, _, error = info(str(variants / "fp16"))
+    assert code == 4 and "--variant fp16" in error
+    code, _, error = info(str(variants / "both"), "--variant", "int8")
+    assert code == 4 and "--variant fp16" in error
+
+
+def test_a_variant_is_converted_and_a_model_folder_has_none(variants: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["convert", str(variants / "both"), str(tmp_path / "ours"), "--variant", "fp16"])
+    assert not exit.value.code
+    weights = load_file(tmp_path / "ours" / "decoder" / "model.safetensors")
+    assert weights["unet.conv_in.weight"].dtype == torch.float16
+    with pytest.raises(ConfigError, match="no variants"):
+        UnCLIP.from_pretrained(tmp_path / "ours", variant="fp16")
+
+
+@pytest.mark.parametrize("shard", ["../plain.safetensors", "absent.safetensors", "", 5])
+def test_an_index_of_shards_that_leads_elsewhere_is_refused(
+    variants: Path, tmp_path: Path, shard: object
+) -> None:
+    shutil.copytree(variants / "shards", tmp_path / "karlo")
+    index = tmp_path / "karlo" / "decoder" / "diffusion_pytorch_model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    name = next(iter(data["weight_map"]))
+    index.write_text(json.dumps(data | {"weight_map": {**data["weight_map"], name: shard}}))
+    with pytest.raises(CheckpointError, match="decoder"):
+        UnCLIP.from_pretrained(tmp_path / "karlo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
+from unclip.diffusion import sampling
+from unclip.diffusion.schedulers import check_sampler, make_scheduler
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_tensor
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.stages.resident import resident
-from unclip.stages.stage import chunk_size
+from unclip.stages.stage import Stage, chunk_size
 
 APPLE, SQUARES = "a red apple", "a blue square and two green circles"
 LEVEL = 2 / 255  # one of 256 levels: what rounding to 8 bits may cost
@@ -95,14 +98,11 @@ def test_guidance_one_is_the_conditional_model_alone(pipe):
 
 
 def test_prior_candidates_keep_the_closest_to_the_text(pipe):
-    text = pipe.clip.encode_text([APPLE, SQUARES])
-    opts = Options(prior_candidates=1)
-    first = [torch.Generator().manual_seed(s) for s in (0, 1)]
-    one = pipe._sample_prior(pipe.prior, text, first, opts)
-    again = [torch.Generator().manual_seed(s) for s in (0, 1)]
-    best = pipe._sample_prior(pipe.prior, text, again, Options(prior_candidates=8))
-    before = cosine_similarity(one, text.embed)
-    after = cosine_similarity(best, text.embed)
+    z_text = pipe.encode_text([APPLE, SQUARES])
+    one = pipe.text_to_embedding([APPLE, SQUARES], prior_candidates=1)
+    best = pipe.text_to_embedding([APPLE, SQUARES], prior_candidates=8)
+    before = cosine_similarity(one, z_text)
+    after = cosine_similarity(best, z_text)
     assert (after >= before - 1e-5).all() and (after > before + 1e-3).any()
 
 
@@ -363,3 +363,168 @@ def test_offloading_has_one_stage_at_a_time_on_the_device(model_folder, pipe, mo
     same(images[0], expected, levels=0)
     assert [name for name in visits if name != "clip"] == ["prior", "decoder", "upsampler_32"]
     assert visits[0] == "clip"
+
+
+def test_pictures_come_one_by_one_and_are_those_of_the_list(pipe, monkeypatch):
+    """All of a list went through a stage at once: 53 MB for each picture of 1024 pixels."""
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 2 * 16**2)
+    drawn = []
+    draw = Stage.draw
+
+    def spy(self, cond, shape, config, generators, **more):
+        drawn.append((self.name, len(generators)))
+        return draw(self, cond, shape, config, generators, **more)
+
+    monkeypatch.setattr(Stage, "draw", spy)
+    pictures = pipe.iterate([APPLE, SQUARES], n=3, seed=4, size=32, prior_candidates=1)
+    assert not drawn
+    first = next(pictures)
+    assert drawn == [("prior", 2), ("decoder", 2), ("upsampler_32", 1)]
+    rest = list(pictures)
+    assert max(count for _, count in drawn) == 2 and len(rest) == 5
+    for a, b in zip(
+        [first, *rest], pipe.text_to_image([APPLE, SQUARES], n=3, seed=4, size=32), strict=True
+    ):
+        same(a, b)
+
+
+def test_what_cannot_be_drawn_is_said_before_the_first_is_asked_for(pipe):
+    with pytest.raises(ConfigError, match="size 5"):
+        pipe.iterate(APPLE, size=5)
+    with pytest.raises(ConfigError, match="no prompts"):
+        pipe.iterate()
+
+
+def test_candidates_of_several_groups_equal_those_of_one(pipe, monkeypatch):
+    whole = pipe.text_to_image(APPLE, n=3, size=16, candidates=2)
+    monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 2 * 16**2)
+    for a, b in zip(whole, pipe.text_to_image(APPLE, n=3, size=16, candidates=2), strict=True):
+        same(a, b)
+
+
+def test_pictures_may_be_paths_or_arrays(pipe, tmp_path, monkeypatch):
+    """Each was a traceback."""
+    picture().save(tmp_path / "cat.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = pipe.encode_image(picture())
+    pixels = np.asarray(picture())
+    for given in (tmp_path / "cat.png", str(tmp_path / "cat.png"), "~/cat.png", pixels):
+        assert_close(pipe.encode_image(given), expected)
+    assert pipe.encode_image(np.stack([pixels, pixels])).shape == (2, 16)
+    assert pipe.encode_image([pixels[..., 0], "~/cat.png"]).shape == (2, 16)
+    same(pipe.variations("~/cat.png", size=16)[0], pipe.variations(picture(), size=16)[0], levels=0)
+    same(pipe.upscale("~/cat.png"), pipe.upscale(picture()), levels=0)
+    with pytest.raises(DataError, match="nowhere"):
+        pipe.variations("nowhere.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((4, 4, 3)), "uint8"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),
+        (torch.zeros(3, 4, 4), "Tensor"),
+        (None, "NoneType"),
+        ([], "no pictures"),
+        ([3], "int"),
+    ],
+)
+def test_what_is_no_picture_is_said(pipe, given, message):
+    with pytest.raises(ConfigError, match=message):
+        pipe.encode_image(given)
+
+
+def test_embeddings_may_be_numpys_or_lists(pipe):
+    z = pipe.encode_text(APPLE)
+    expected = pipe.image_from_embedding(z, size=16)[0]
+    for given in (z.numpy(), z.numpy().astype(np.float64), z.tolist()):
+        same(pipe.image_from_embedding(given, size=16)[0], expected, levels=0)
+    for wrong in ("apple", np.array([["a"]]), np.zeros((1, 16), int), z.numpy()[0], None):
+        with pytest.raises(ConfigError):
+            pipe.image_from_embedding(wrong, size=16)
+
+
+def test_no_seed_is_another_one_each_time_and_numbers_of_numpy_are_numbers(pipe):
+    a, b = (pipe.text_to_image(APPLE, seed=None, size=16)[0] for _ in range(2))
+    assert distance(a, b) > 0.005
+    expected = pipe.text_to_image(APPLE, n=2, seed=3, size=16)
+    made = pipe.text_to_image(APPLE, n=np.int64(2), seed=np.int64(3), size=16)
+    same(made[1], expected[1], levels=0)
+    assert len(pipe.text_to_image(APPLE, seed=2**63 - 1, size=16)) == 1
+    for wrong in ({"seed": 1.5}, {"seed": "1"}, {"seed": 2**64}, {"n": 1.5}, {"n": "2"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            pipe.text_to_image(APPLE, size=16, **wrong)
+
+
+@pytest.mark.parametrize("prompt", [3, [APPLE, 3], [APPLE.encode()], None])
+def test_what_is_no_prompt_is_said(pipe, prompt):
+    with pytest.raises(ConfigError, match="prompt"):
+        pipe.text_to_image(prompt)
+
+
+def test_half_a_character_in_a_prompt_is_replaced(pipe):
+    """The tokenizer failed with UnicodeEncodeError."""
+    assert pipe.text_to_image(f"{APPLE} \ud83d", size=16)[0].size == (16, 16)
+
+
+def test_progress_may_be_a_function(pipe):
+    seen = []
+    pipe.text_to_image(APPLE, size=32, steps=3, progress=lambda *step: seen.append(step))
+    assert seen[:2] == [("prior", 1, 2), ("prior", 2, 2)]
+    assert seen[-2:] == [("upsampler_32", 1, 2), ("upsampler_32", 2, 2)]
+    assert ("decoder", 3, 3) in seen
+
+
+def test_eta_is_an_error_where_the_decoder_has_no_use_for_it(pipe):
+    z = pipe.encode_text(APPLE)
+    with pytest.raises(ConfigError, match=r"eta = 0.5.*decoder is sampled by dpm\+\+.*ddim"):
+        pipe.image_from_embedding(z, size=16, sampler="dpm++", eta=0.5)
+    other = {"prior": "dpm++"}
+    assert pipe.image_from_embedding(z, size=16, sampler=other, eta=0.5)
+    with pytest.raises(ConfigError, match="ddpm"):
+        pipe.variations(picture(), size=16, sampler="ddpm", eta=1.0)
+    same(
+        pipe.variations(picture(), size=16, sampler="ddpm")[0],
+        pipe.image_from_embedding(pipe.encode_image(picture()), size=16, sampler="ddpm")[0],
+        levels=0,
+    )
+
+
+def test_an_eta_of_the_stage_goes_with_its_own_sampler(pipe):
+    stage = replace(pipe.decoder, sampling=pipe.decoder.sampling.model_copy(update={"eta": 0.7}))
+    assert Options().sampling(stage).eta == 0.7
+    assert Options(sampler="dpm++").sampling(stage).eta == 0
+
+
+def test_options_that_would_change_nothing_are_refused(pipe):
+    with pytest.raises(ConfigError, match="candidates = 2 has no effect"):
+        pipe.upscale(picture((32, 32)), candidates=2)
+    with pytest.raises(ConfigError, match="size = 16 has no effect"):
+        pipe.text_to_embedding(APPLE, size=16)
+
+
+def test_one_draw_makes_one_scheduler(pipe, monkeypatch):
+    """Options were checked by making the schedulers of all stages, four times for one draw."""
+    made = []
+    make = sampling.make_scheduler
+    monkeypatch.setattr(sampling, "make_scheduler", lambda *a: made.append(a[1:]) or make(*a))
+    pipe.text_to_image(APPLE, size=16)
+    assert len(made) == 2  # prior and decoder
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
+def test_a_sampler_is_checked_by_the_rule_that_makes_it(pipe, sampler):
+    diffusion = pipe.decoder.diffusion
+    for steps in (0, 1, 2, 900, 1000, 1001):
+        try:
+            check_sampler(diffusion, sampler, steps)
+        except ConfigError:
+            with pytest.raises(ConfigError):
+                make_scheduler(diffusion, sampler, steps)
+        else:
+            assert len(make_scheduler(diffusion, sampler, steps)[1]) == steps
+
+
+def test_a_model_is_loaded_from_home(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    assert UnCLIP.from_pretrained(f"~/{model_folder.name}").sizes == [16, 32, 64]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
-from unclip.files.find import resolve_folder
+from unclip.files.disk import check_writable, from_home
 from unclip.files.folder import INDEX
 from unclip.pipeline import UnCLIP
 from unclip.sources import Source
@@ -29,12 +28,13 @@ def assemble(
     **Raises**: `ConfigError` if there is nothing to do or `out` holds a model already;
     `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
     """
-    out = Path(out)
+    out = from_home(out)
     if not any([clip, prior, decoder, upsamplers]):
         raise ConfigError("nothing to assemble: name at least one of clip, prior, decoder, …")
     if (out / INDEX).exists():
         raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
-    encoder = FrozenCLIP.load(str(resolve_folder(clip))) if clip is not None else None
+    check_writable(out, "--out")
+    encoder = Source(clip).need_clip() if clip is not None else None
     chosen = [stage for source in upsamplers for stage in _upsamplers(source)]
     names = [stage.name for stage in chosen]
     for name in names:

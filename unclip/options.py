@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from unclip.config import parse_config
 from unclip.diffusion.sampling import SamplingConfig
-from unclip.diffusion.schedulers import make_scheduler
+from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import ConfigError
+from unclip.progress import Progress
 from unclip.stages.stage import Stage
 
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
@@ -26,7 +27,8 @@ class Options:
     doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only. `tile` runs
     upsamplers on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
     picture and the one closest to its text is kept; `candidates` pictures are finished for each
-    one returned and the best by CLIP score is kept.
+    one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
+    called after every step with the stage's name, the steps done and those to do.
 
     **Raises**: `ConfigError` for numbers out of range.
     """
@@ -39,7 +41,8 @@ class Options:
     tile: int | None = None
     prior_candidates: int | None = None
     candidates: int = 1
-    progress: bool = False
+    progress: Progress = False
+    meant_for: str = field(default="decoder", kw_only=True)  # the kind that single values are for
 
     def __post_init__(self) -> None:
         for name in ("prior_candidates", "candidates"):
@@ -52,26 +55,34 @@ class Options:
                 raise ConfigError(f"guidance = {scale}: must be a finite number")
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Options:
-        """Options from keywords. **Raises**: `ConfigError` for one that does not exist."""
-        names = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ConfigError(f"unknown option {name!r}; options are {', '.join(names)}")
-        return cls(**given)
+    def of(
+        cls, given: dict[str, Any], without: Collection[str] = (), meant_for: str = "decoder"
+    ) -> Options:
+        """Options from keywords, `options` among them for ready ones, for a call that has no use
+        for those named in `without`.
 
-    def spread(self, stages: Sequence[Stage]) -> Options:
-        """The same with single values meant for these stages instead of the decoder."""
-        values = {name: getattr(self, name) for name in BY_STAGE}
-        spread: dict[str, Any] = {
-            name: {stage.name: value for stage in stages}
-            for name, value in values.items()
-            if value is not None and not isinstance(value, dict)
-        }
-        return replace(self, **spread)
+        **Raises**: `ConfigError` for one that does not exist, or would have no effect.
+        """
+        ready = given.get("options", cls())
+        more = {name: value for name, value in given.items() if name != "options"}
+        defaults = {f.name: f.default for f in fields(cls) if f.name != "meant_for"}
+        useful = ", ".join(name for name in defaults if name not in without)
+        for name in more:
+            if name not in defaults:
+                raise ConfigError(f"unknown option {name!r}; options are {useful}")
+        options = replace(ready, **more, meant_for=meant_for)
+        for name in without:
+            if (value := getattr(options, name)) != defaults[name]:
+                raise ConfigError(f"{name} = {value} has no effect here; options are {useful}")
+        return options
 
-    def check(self, stages: Sequence[Stage]) -> None:
-        """Check everything that is said by stage.
+    def described(self) -> dict[str, Any]:
+        """What was asked for, as a PNG tells it."""
+        names = (f.name for f in fields(self) if f.name not in ("progress", "meant_for"))
+        return {name: getattr(self, name) for name in names}
+
+    def resolve(self, stages: Sequence[Stage]) -> dict[str, SamplingConfig]:
+        """How each stage is sampled: its own defaults with what the caller said.
 
         **Raises**: `ConfigError` naming the stages there are, the samplers, the tile's grain.
         """
@@ -82,7 +93,6 @@ class Options:
                 if name not in names:
                     raise ConfigError(f"{option} for {name!r}: this model has {', '.join(names)}")
         for stage in stages:
-            self.sampling(stage)
             if self.tile is not None and stage.kind == "upsampler":
                 grain = max(4, stage.config.unet.stride)  # below 4 nothing overlaps
                 if self.tile < grain or self.tile % grain:
@@ -90,9 +100,10 @@ class Options:
                         f"tile = {self.tile}: must be a multiple of {grain}, the grain of "
                         f"{stage.name}"
                     )
+        return {stage.name: self.sampling(stage) for stage in stages}
 
     def sampling(self, stage: Stage) -> SamplingConfig:
-        """How to sample one stage: its own defaults with what the caller said.
+        """How one stage is sampled.
 
         **Raises**: `ConfigError` naming the stage, the value and what would be valid.
         """
@@ -101,16 +112,34 @@ class Options:
             value = getattr(self, key)
             if isinstance(value, dict):
                 value = value.get(stage.name)
-            elif stage.kind != "decoder":
+            elif stage.kind != self.meant_for:
                 value = None
             if value is not None:
                 asked[key] = value
-        if self.eta is not None and stage.kind == "decoder":
-            asked["eta"] = self.eta
+        eta = self.eta if stage.kind == "decoder" else None
+        if eta is not None:
+            asked["eta"] = eta
         source = f"sampling of {stage.name}"
-        config = parse_config(stage.sampling.model_dump() | asked, SamplingConfig, source)
+        own = stage.sampling
+        config = parse_config(own.model_dump() | asked, type(own), source)
+        if not isinstance(config, SamplingConfig):  # a prior that samples in another way
+            return config
         try:
-            make_scheduler(stage.diffusion, config.sampler, config.steps)
+            check_sampler(stage.diffusion, config.sampler, config.steps)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
-        return config
+        if config.sampler == "ddim":
+            return config
+        if eta is not None:
+            raise ConfigError(
+                f"eta = {eta} is DDIM's share of fresh noise, but the {stage.name} is sampled by "
+                f"{config.sampler}, which has none: set sampler = ddim as well (--sampler ddim), "
+                "or leave eta out"
+            )
+        return config.model_copy(update={"eta": 0.0})  # a stage's own is for its own sampler
+
+    def fresh(self, eta: float, stage: Stage) -> Options:
+        """The same with this eta where none is given and the stage is sampled by DDIM."""
+        if self.eta is not None or self.sampling(stage).sampler != "ddim":
+            return self
+        return replace(self, eta=eta)

@@ -5,7 +5,8 @@ B pictures, D CLIP embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,26 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from unclip import randomness
 from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
+from unclip.clip.towers import unread
 from unclip.conditioning import Cond, TextEncoding
-from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.drawing import Drawing
+from unclip.errors import CheckpointError, ConfigError, UnclipWarning
+from unclip.files.disk import from_home
 from unclip.files.folder import update_index
-from unclip.images import pad_to_square, resize, to_pil, to_rgb, to_tensor
+from unclip.images import pad_to_square, resize, to_pil, to_tensor
+from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
 from unclip.options import Options
 from unclip.sources import Source
 from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
-from unclip.stages.stage import Draw, Stage
-from unclip.stages.upsampler import enlarge, route
+from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
+from unclip.stages.upsampler import enlarged, route, way_up
+
+PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
 
 
 class UnCLIP:
@@ -60,32 +65,26 @@ class UnCLIP:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        folder: str | Path | Source,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         upsampler_1024: str | Path | None = None,
         offload: bool = False,
+        variant: str | None = None,
     ) -> UnCLIP:
         """Load a model folder, a run folder (its newest checkpoint) or one in Karlo's layout.
 
-        `folder` is on this machine or a hub id such as `kakaobrain/karlo-v1-alpha`.
+        `folder` is on this machine or a hub id such as `kakaobrain/karlo-v1-alpha`; `variant` the
+        copy of the weights to read where there are several, such as fp16.
         `upsampler_1024` is a folder from which that stage is taken. With `offload` weights stay in
         main memory and only the stage at work is on `device`.
 
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
-        source = Source(folder)
-        stored = source.stages
+        source = folder if isinstance(folder, Source) else Source(folder, variant)
         if upsampler_1024 is not None:
-            stored["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")
-        home = torch.device("cpu" if offload else device)
-        clip = source.clip(dtype)
-        if clip is not None:
-            if source.published is None:
-                _ = clip.fingerprint  # taken in float32 and kept: in bfloat16 it would not match
-            clip = clip.to(home, dtype)
-        # A file is let go of when its network has been read, so that no two are mapped at once.
-        stages = {name: stored.pop(name).load(home, dtype) for name in list(stored)}
+            source.stages["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")
+        clip, stages = source.load("cpu" if offload else device, dtype)
         return cls(
             clip,
             stages.get("prior"),
@@ -98,7 +97,7 @@ class UnCLIP:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write every stage as a model folder, in `dtype` or as they are."""
-        folder = Path(folder)
+        folder = from_home(folder)
         if self.clip is not None:
             self.clip.save(folder, dtype)
         for stage in self.stages:
@@ -128,54 +127,27 @@ class UnCLIP:
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
-        return self._encode_text(_list(prompts)).embed
+        return self._encode_text(self._prompts(prompts)).embed
 
-    def encode_image(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
-        images = [images] if isinstance(images, Image.Image) else list(images)
+        squares = [pad_to_square(image) for image in as_pictures(images)]
         with self._resident_clip() as clip:
-            return clip.encode_pil([_square(image) for image in images])
+            parts = range(0, len(squares), CHUNK_EMBEDDINGS)
+            return torch.cat([clip.encode_pil(squares[k : k + CHUNK_EMBEDDINGS]) for k in parts])
 
     def text_to_image(
-        self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
+        self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
     ) -> list[Image.Image]:
         """n pictures for each prompt, prompt-major; see `Options` for the rest."""
-        opts, prompts = Options.of(options), _list(prompt)
-        prior = self._need("prior", "text to image; without one, make variations of a picture")
-        self._check(opts, n)
-        text = self._encode_text(prompts).repeat(n)
-
-        def make(generators: list[torch.Generator]) -> list[Image.Image]:
-            z_image = self._sample_prior(prior, text, generators, opts)
-            return self._decode(z_image, text, generators, opts)
-
-        return self._best(make, text, n * len(prompts), seed, opts)
-
-    def text_to_embedding(
-        self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
-    ) -> Tensor:
-        """n raw CLIP image embeddings for each prompt, prompt-major, of which pictures can be made.
-
-        **Shapes**: B prompts → (B n, D) float32.
-        """
-        opts, prompts = Options.of(options), _list(prompt)
-        prior = self._need("prior", "embeddings of text")
-        if n < 1:
-            raise ConfigError(f"n = {n}: must be at least 1")
-        opts = opts.spread([prior])
-        opts.check(self.stages)
-        text = self._encode_text(prompts).repeat(n)
-        seeds = range(seed, seed + n * len(prompts))
-        return self._sample_prior(
-            prior, text, [torch.Generator().manual_seed(s) for s in seeds], opts
-        )
+        return list(self.iterate(prompt, n, seed, **options))
 
     def image_from_embedding(
         self,
-        z_image: Tensor,
+        z_image: Any,
         text: str | Sequence[str] | None = None,
         n: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         **options: Any,
     ) -> list[Image.Image]:
         """n pictures for each raw CLIP image embedding, with an optional caption for each.
@@ -183,89 +155,106 @@ class UnCLIP:
         **Shapes**: z_image (B, D). **Raises**: `ConfigError` for another width, `DataError` for
         numbers that are not finite.
         """
-        opts = Options.of(options)
-        self._check(opts, n)
-        decoder = self._need("decoder", "pictures")
-        if z_image.ndim != 2 or z_image.shape[1] != decoder.width or not len(z_image):
-            raise ConfigError(
-                f"embeddings of shape {tuple(z_image.shape)}; this decoder takes (N, "
-                f"{decoder.width})"
-            )
-        if not bool(z_image.isfinite().all()):
-            raise DataError("embeddings must be finite, and some numbers are not")
-        if not decoder.config.scale.normalizes:
-            mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
-            check_raw(z_image, self._usual_norm, "these embeddings", mend)
-        captions = _list("" if text is None else text)
-        if len(captions) == 1:
-            captions = captions * len(z_image)
-        if len(captions) != len(z_image):
-            raise ConfigError(f"{len(captions)} captions for {len(z_image)} embeddings")
-        encoding = None
-        if self.clip is not None or text is not None or decoder.reads_text:
-            encoding = self._encode_text(captions).repeat(n)
-        rows = z_image.to(self.device, torch.float32).repeat_interleave(n, 0)  # (B n, D)
-
-        def make(generators: list[torch.Generator]) -> list[Image.Image]:
-            return self._decode(rows, encoding, generators, opts)
-
-        return self._best(make, None if text is None else encoding, len(rows), seed, opts)
+        return list(self.iterate(text, n, seed, z_image=z_image, **options))
 
     def variations(
-        self, image: Image.Image, n: int = 1, seed: int = 0, eta: float = 1.0, **options: Any
+        self, image: Picture | Sequence[Picture], n: int = 1, seed: int | None = 0, **options: Any
     ) -> list[Image.Image]:
-        """n pictures with the same CLIP embedding as a given one (Section 3.1)."""
-        return self.image_from_embedding(
-            self.encode_image(image), n=n, seed=seed, eta=eta, **options
-        )
+        """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`."""
+        opts, z_image = self.varied(Options.of(options)), self.encode_image(image)
+        return list(self.iterate(n=n, seed=seed, z_image=z_image, options=opts))
 
-    def upscale(self, image: Image.Image, seed: int = 0, **options: Any) -> Image.Image:
+    def varied(self, options: Options) -> Options:
+        """Options for variations: `eta` 1 where DDIM samples the decoder and none is given."""
+        return options.fresh(1.0, self._need("decoder", "pictures"))
+
+    def iterate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        n: int = 1,
+        seed: int | None = 0,
+        *,
+        z_image: Any = None,
+        **options: Any,
+    ) -> Iterator[Image.Image]:
+        """What `text_to_image` or, given z_image, `image_from_embedding` make, one by one.
+
+        Memory does not grow with their number: as many as the decoder takes together go through the
+        stages before the next do. Everything is checked before the first is asked for.
+
+        **Shapes**: z_image (B, D). **Raises**: as those two.
+        """
+        opts = Options.of(options)
+        decoder, n = self._need("decoder", "pictures"), as_number("n", n, 1)
+        if opts.size is not None and opts.size not in self.sizes:
+            raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
+        if z_image is None:
+            self._need("prior", "text to image; without one, make variations of a picture")
+            prompts = self._prompts(() if prompt is None else prompt)
+        else:
+            z_image = as_embeddings(z_image, decoder.width).repeat_interleave(n, 0)  # (B n, D)
+            if not decoder.config.scale.normalizes:
+                mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
+                check_raw(z_image, self._usual_norm, "these embeddings", mend)
+            prompts = self._prompts("" if prompt is None else prompt)
+            prompts *= len(z_image) // n if len(prompts) == 1 else 1
+            if len(prompts) * n != len(z_image):
+                raise ConfigError(f"{len(prompts)} captions for {len(z_image) // n} embeddings")
+            if opts.candidates > 1 and prompt is None:
+                raise ConfigError("candidates are ranked against a caption, and there is none")
+        if self.clip is None and (z_image is None or prompt is not None or decoder.reads_text):
+            self._need_clip()
+        drawing = Drawing(
+            self.prior,
+            decoder,
+            route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or [],
+            self._drawing(opts),
+            self.device,
+            None if self.clip is None else self._encode_text,
+            self.encode_image,
+            opts.prior_candidates or self.prior_candidates,
+            opts.candidates,
+        )
+        return drawing.pictures(prompts, z_image, as_seeds(seed, n * len(prompts)))
+
+    def text_to_embedding(
+        self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
+    ) -> Tensor:
+        """n raw CLIP image embeddings for each prompt, prompt-major, of which pictures can be made.
+
+        **Shapes**: B prompts → (B n, D) float32.
+        """
+        opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
+        prompts, n = self._prompts(prompt), as_number("n", n, 1)
+        prior, count = self._need("prior", "embeddings"), opts.prior_candidates
+        draw, text = self._drawing(opts), self._encode_text(prompts).repeat(n)
+        generators = [torch.Generator().manual_seed(s) for s in as_seeds(seed, n * len(prompts))]
+        return draw_embeddings(prior, text, generators, count or self.prior_candidates, draw)
+
+    def upscale(self, image: Picture, seed: int | None = 0, **options: Any) -> Image.Image:
         """Send a picture, padded to a square, through the upsamplers.
 
         It is first resized to the input of the stage that begins: the one with the largest input
         not above the picture's side.
         """
-        opts = Options.of(options)
+        opts = Options.of(options, ("candidates",), meant_for="upsampler")
         if not self.upsamplers:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
-        opts = opts.spread(self.upsamplers)
-        opts.check(self.stages)
-        image = _square(image)
-        side = image.width
-        goals = [stage.side for stage in self.upsamplers if stage.side > side]
-        goal = opts.size or self.upsamplers[-1].side
-        if goal not in goals:
-            possible = f"can be upscaled to {goals}" if goals else "is too large to upscale"
-            raise ConfigError(f"size {goal}: with this model a picture of {side} pixels {possible}")
-        lows = {stage.low for stage in self.upsamplers}
-        order = sorted(lows, key=lambda low: (low > side, abs(low - side)))
-        low, chosen = next(
-            (low, r) for low in order if low < goal and (r := route(self.upsamplers, low, goal))
-        )
-        x = resize(to_tensor(image)[None].to(self.device), low)  # (1, 3, low, low)
-        generators = [torch.Generator().manual_seed(seed)]
-        return to_pil(enlarge(chosen, x, generators, self._drawing(opts))[0])
-
-    def _sample_prior(
-        self, stage: Stage, text: TextEncoding, generators: list[torch.Generator], opts: Options
-    ) -> Tensor:
-        count = opts.prior_candidates or self.prior_candidates
-        return draw_embeddings(stage, text, generators, count, self._drawing(opts))
-
-    def _decode(
-        self,
-        z_image: Tensor,
-        text: TextEncoding | None,
-        generators: list[torch.Generator],
-        opts: Options,
-    ) -> list[Image.Image]:
-        decoder, draw = self._need("decoder", "pictures"), self._drawing(opts)
-        x = draw(decoder, Cond(image_embed=z_image, text=text), generators).clamp(-1, 1)
-        chosen = route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or []
-        return [to_pil(row) for row in enlarge(chosen, x, generators, draw)]
+        draw, pictures = self._drawing(opts), as_pictures(image)
+        if len(pictures) != 1:
+            raise ConfigError(f"{len(pictures)} pictures to upscale; give one at a time")
+        square = pad_to_square(pictures[0])
+        low, chosen = way_up(self.upsamplers, square.width, opts.size)
+        x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
+        generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
+        return to_pil(next(enlarged(chosen, x, generators, draw)))
 
     def _drawing(self, opts: Options) -> Draw:
-        """How each stage draws under these options, its weights on the device while it does."""
+        """How each stage draws under these options, its weights on the device while it does.
+
+        **Raises**: `ConfigError` for options that a stage can't follow.
+        """
+        sampling = opts.resolve(self.stages)
 
         def draw(stage: Stage, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
             null_text = None
@@ -276,7 +265,7 @@ class UnCLIP:
                 return stage.draw(
                     cond,
                     stage.shape,
-                    opts.sampling(stage),
+                    sampling[stage.name],
                     generators,
                     null_text=null_text,
                     dtype=self.dtype,
@@ -286,35 +275,12 @@ class UnCLIP:
 
         return draw
 
-    def _best(
-        self,
-        make: Callable[[list[torch.Generator]], list[Image.Image]],
-        text: TextEncoding | None,
-        count: int,
-        seed: int,
-        opts: Options,
-    ) -> list[Image.Image]:
-        """Finish `candidates` pictures for each one asked for and keep the best by CLIP score."""
-        if opts.candidates > 1 and text is None:
-            raise ConfigError("candidates are ranked against a caption, and there is none")
-        seeds = range(seed, seed + count)
-        rounds = [make([torch.Generator().manual_seed(s) for s in seeds])]
-        for j in range(1, opts.candidates):
-            rounds.append(make([randomness.generator(s, "candidate", j) for s in seeds]))
-        if len(rounds) == 1 or text is None:
-            return rounds[0]
-        z_text = text.embed.float()
-        scores = [cosine_similarity(self.encode_image(r).float(), z_text) for r in rounds]
-        best = torch.stack(scores).argmax(0).tolist()  # of (candidates, B)
-        return [rounds[j][k] for k, j in enumerate(best)]
-
-    def _check(self, opts: Options, n: int) -> None:
-        self._need("decoder", "pictures")
-        if n < 1:
-            raise ConfigError(f"n = {n}: must be at least 1")
-        if opts.size is not None and opts.size not in self.sizes:
-            raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
-        opts.check(self.stages)
+    def _prompts(self, prompts: Any) -> list[str]:
+        """Prompts, with a warning where this model's encoder does not read all of them."""
+        several = as_prompts(prompts)
+        for note in unread(several, self.clip.towers.tokenizer) if self.clip is not None else ():
+            warnings.warn(note, UnclipWarning, stacklevel=3)
+        return several
 
     def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
@@ -331,25 +297,17 @@ class UnCLIP:
 
     @contextmanager
     def _resident_clip(self) -> Iterator[FrozenCLIP]:
+        clip = self._need_clip()
+        with resident([clip], self.device):
+            yield clip
+
+    def _need_clip(self) -> FrozenCLIP:
         if self.clip is None:
             raise CheckpointError("this model has no CLIP encoder, which text and pictures need")
-        with resident([self.clip], self.device):
-            yield self.clip
+        return self.clip
 
     def _need(self, name: str, purpose: str) -> Stage:
         stage: Stage | None = getattr(self, name)
         if stage is None:
             raise CheckpointError(f"this model has no {name}, which is needed for {purpose}")
         return stage
-
-
-def _list(prompts: str | Sequence[str]) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ConfigError("no prompts; for a picture of nothing in particular the prompt is ''")
-    return prompts
-
-
-def _square(image: Image.Image) -> Image.Image:
-    """RGB, padded to a square on white."""
-    return pad_to_square(to_rgb(image))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 BAR_AFTER = 2.0  # seconds
+
+# Whether to show bars on a terminal, or what to call after every step with what is at work, the
+# steps that are done and those there are.
+Progress = bool | Callable[[str, int, int], object]
 
 
 def progress_bar(
@@ -33,6 +37,22 @@ def progress_bar(
         dynamic_ncols=True,
         disable=None if shown else True,  # None: unless stderr is a terminal
     )
+
+
+@contextmanager
+def steps_of(what: str, total: int, progress: Progress) -> Iterator[Callable[[], None]]:
+    """What to call after each of so many steps."""
+    done = 0
+    with progress_bar(what=what, total=total, shown=progress is True) as bar:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            bar.update()
+            if callable(progress):
+                progress(what, done, total)
+
+        yield step
 
 
 @contextmanager

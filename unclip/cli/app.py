@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from unclip.cli import data, evaluation, models, pictures, training
+from unclip.cli.arguments import expanded
 from unclip.errors import exit_on_error
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ for verb in (
     training.plan,
     evaluation.evaluate,
 ):
-    app.command()(verb)
+    app.command()(expanded(verb))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,14 +1,25 @@
-"""Arguments and options that several verbs share, each with its help."""
+"""What verbs may be told: arguments and options that several share, each with its help."""
 
 from __future__ import annotations
 
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from unclip.errors import ConfigError
+from unclip.text import meant
+
 SEEDS = 2**63 - 1
 Dtype = Literal["fp32", "fp16", "bf16"]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
+Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
+Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
+Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 N = Annotated[int, typer.Option("--n", min=1, help="Pictures for each prompt, or each input.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Picture k uses seed + k.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels [default: the largest].")]
@@ -18,12 +29,97 @@ Guidance = Annotated[str | None, typer.Option(help=f"Guidance scale, 1 is off. {
 Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. {BY_STAGE}")]
 Tile = Annotated[int | None, typer.Option(help="Upsample in tiles of this side: less memory.")]
 Out = Annotated[Path, typer.Option(help="A folder, or a .png file for a single picture.")]
-Model = Annotated[
-    Path | None,
-    typer.Option(help="A model folder, a run or a hub id [default: the shipped weights]."),
+MODEL = "A model folder, a run or a hub id [default: the shipped weights]."
+Model = Annotated[Path | None, typer.Option(help=MODEL)]
+ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL)]
+Variant = Annotated[
+    str | None, typer.Option(help="Of a folder like Karlo's with several copies of weights: fp16 …")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …, or auto.")]
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep one stage at a time on the device: less memory.")
 ]
 Precision = Annotated[Dtype, typer.Option("--dtype", help="Precision of the networks.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every verb that makes pictures may be told."""
+
+    seed: Seed = 0
+    size: Size = None
+    steps: Steps = None
+    guidance: Guidance = None
+    sampler: Sampler = None
+    tile: Tile = None
+    out: Out = Path("out")
+    model: Model = None
+    variant: Variant = None
+    device: Device = "auto"
+    dtype: Precision = "fp32"
+    offload: Offload = False
+
+
+def expanded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb as typer takes it: for a parameter that is a dataclass, its fields.
+
+    Paths begin at home where they say `~`, which shells leave alone behind a `=`.
+    """
+    hints = typing.get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        group = groups.get(parameter.name)
+        one = {parameter.name: hints[parameter.name]}
+        names = one if group is None else typing.get_type_hints(group, include_extras=True)
+        for name, kind in names.items():
+            default = parameter.default if group is None else getattr(group, name)
+            parameters.append(
+                inspect.Parameter(name, parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            )
+
+    def run(**given: Any) -> None:
+        given = {name: _from_home(value) for name, value in given.items()}
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        verb(**given)
+
+    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _from_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_home(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def by_stage(steps: str | None, guidance: str | None, sampler: str | None) -> dict[str, Any]:
+    """The options that may differ by stage; with progress, for a person is watching."""
+    return {
+        "steps": _parse("--steps", steps, int),
+        "guidance": _parse("--guidance", guidance, float),
+        "sampler": _parse("--sampler", sampler, str),
+        "progress": True,
+    }
+
+
+def _parse(option: str, text: str | None, kind: type) -> Any:
+    """`50`, or `prior=25,decoder=50` as a dict."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return kind(text)
+        pairs = [part.split("=") for part in text.split(",")]
+        values = {name.strip(): kind(value.strip()) for name, value in pairs}
+    except ValueError:
+        example = {int: "50 or prior=25,decoder=50", float: "4 or prior=2,decoder=4"}
+        raise ConfigError(
+            f"{option} {text!r}: expected for example {example.get(kind, 'ddim or prior=ddpm')}"
+        ) from None
+    if len(values) < len(pairs):
+        raise ConfigError(f"{option} {text!r}: a stage is given twice")
+    return values

@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from unclip.cli.arguments import (
-    Device,
-    Model,
-    Precision,
-)
+from unclip.cli.arguments import Device, Model, Pictures, Precision, Variant
 from unclip.cli.shell import default_model, to_device, to_dtype
-from unclip.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
+from unclip.errors import ConfigError, DataError, UnclipWarning
 
 
 def embed(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")],
+    images: Pictures,
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Model = None,
+    variant: Variant = None,
     device: Device = "auto",
     dtype: Precision = "fp32",
 ) -> None:
-    """Write the CLIP image embeddings of pictures, which `vary` reads."""
+    """Write the CLIP image embeddings of pictures, which `vary` reads.
+
+    Pictures that can't be read are left out and named.
+    """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
+
     import torch
 
-    from unclip.cli.output import free_path, make_folder
     from unclip.clip.embeddings import write_embeddings
-    from unclip.clip.encoder import FrozenCLIP
-    from unclip.files.find import resolve_folder
-    from unclip.images import load_image
+    from unclip.files.disk import check_writable
     from unclip.pipeline import UnCLIP
     from unclip.progress import progress_bar
+    from unclip.sources import Source
 
-    make_folder(out.parent)
-    clip = FrozenCLIP.load(str(resolve_folder(model or default_model())))
+    check_writable(out.parent, "--out")
+    clip = Source(model or default_model(), variant).need_clip()
     encoder = clip.fingerprint  # taken in float32 and kept
     pipe = UnCLIP(clip.to(to_device(device), to_dtype(dtype)))
-    read = map(load_image, progress_bar(images, "embed"))
-    rows = [pipe.encode_image(image).float().cpu() for image in read]
-    path = free_path(out)
-    write_embeddings(path, torch.cat(rows), [str(image) for image in images], encoder)
-    print(path)
+    rows, keys = [], []
+    for path in progress_bar(images, "embed"):
+        try:
+            rows.append(pipe.encode_image(path).float().cpu())
+            keys.append(str(path))
+        except DataError as error:
+            warnings.warn(f"left out: {error}", UnclipWarning, stacklevel=2)
+    if not rows:
+        raise DataError(f"none of {len(images)} pictures can be used")
+    print(write_embeddings(out, torch.cat(rows), keys, encoder))

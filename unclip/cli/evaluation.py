@@ -7,15 +7,20 @@ from typing import Annotated
 
 import typer
 
-from unclip.cli.arguments import Device, Guidance, Precision, Sampler, Steps
-from unclip.cli.shell import by_stage, default_model, to_device, to_dtype
+from unclip.cli.arguments import (
+    Device,
+    Guidance,
+    ModelArgument,
+    Precision,
+    Sampler,
+    Steps,
+    by_stage,
+)
+from unclip.cli.shell import default_model, to_device, to_dtype
 
 
 def evaluate(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="A model folder, a run or a hub id [default: the shipped weights]."),
-    ] = None,
+    model: ModelArgument = None,
     data: Annotated[str, typer.Option(help="What it was trained on: as data.train.")] = "emoji",
     held_out: Annotated[
         str | None, typer.Option(help="Pictures it has not seen [default: a built-in set's val].")
@@ -51,13 +56,12 @@ def evaluate(
 
     Pictures are kept under the report's folder, so that an interrupted run goes on.
     """
-    from unclip.cli.output import make_folder
-    from unclip.files.find import resolve_folder
+    from unclip.files.disk import check_writable
+    from unclip.sources import Source
 
-    folder = resolve_folder(model or default_model())
-    make_folder(out)
+    check_writable(out, "--out")
+    source = Source(model or default_model())
 
-    from unclip.cli.summary import model_hash
     from unclip.evaluation.evaluate import Request
     from unclip.evaluation.evaluate import evaluate as measure
     from unclip.evaluation.report import markdown, page
@@ -82,9 +86,11 @@ def evaluate(
         options=options | {"prior_candidates": prior_candidates},
         **asked,
     )
-    pipe = UnCLIP.from_pretrained(folder, to_device(device), to_dtype(dtype))
-    evaluation = measure(pipe, model_hash(folder), request, out / "pictures")
+    weights = source.hash
+    pipe = UnCLIP.from_pretrained(source, to_device(device), to_dtype(dtype))
+    evaluation = measure(pipe, weights, request, out / "pictures")
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", evaluation.scores)
-    (out / "report.html").write_text(page(evaluation, f"{folder} on {data}"), encoding="utf-8")
+    (out / "report.html").write_text(page(evaluation, f"{source.root} on {data}"), encoding="utf-8")
     print(markdown(evaluation.scores))
     print(f"\n{out / 'report.json'}\n{out / 'report.html'}")

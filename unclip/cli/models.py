@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from unclip.cli.arguments import (
-    Dtype,
-)
+from unclip.cli.arguments import Dtype, ModelArgument, Variant
 from unclip.cli.shell import default_model, to_dtype
 
-if TYPE_CHECKING:
-    pass
 
-
-def info(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="A model folder, a run or a hub id [default: the shipped weights]."),
-    ] = None,
-) -> None:
+def info(folder: ModelArgument = None, variant: Variant = None) -> None:
     """List the stages of a model: parameters, sizes, samplers, encoder, megabytes on disk."""
-    from unclip.cli.summary import model_hash, summarise
-    from unclip.files.find import resolve_folder
+    from unclip.cli.summary import summarise
+    from unclip.sources import Source
 
-    root = resolve_folder(folder or default_model())
-    stages = summarise(root)
-    print(f"{root}  (model hash {model_hash(root)})")
+    source = Source(folder or default_model(), variant)
+    stages = summarise(source)
+    print(f"{source.root}  (model hash {source.hash})")
     for stage in stages:
         print(
             f"{stage.name:<16} {stage.parameters / 1e6:9.2f} M parameters {stage.bytes / 1e6:9.1f} "
@@ -69,6 +59,7 @@ def convert(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Precision of the stored weights [default: as they are].")
     ] = None,
+    variant: Variant = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin weights too, tensors only.")
     ] = False,
@@ -78,6 +69,7 @@ def convert(
     from unclip.interop.convert import convert as carry
 
     root = resolve_folder(source, allow_pickle=allow_pickle)
-    for note in carry(root, out, to_dtype(dtype) if dtype else None, allow_pickle=allow_pickle):
+    wanted = to_dtype(dtype) if dtype else None
+    for note in carry(root, out, wanted, variant=variant, allow_pickle=allow_pickle):
         print(f"note: {note}", file=sys.stderr)
     print(out)

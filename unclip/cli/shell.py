@@ -1,24 +1,103 @@
-"""What the shell's verbs share: finding and loading the model, reading options, writing pictures.
+"""From what was asked to pictures on disk, and what else the shell's verbs share.
 
 Nothing here imports torch before a verb has work to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unclip.cli.arguments import Asked, by_stage
 from unclip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from unclip.cli.output import Writer
-    from unclip.pipeline import UnCLIP
-
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Making:
+    """A verb's way from what was asked to pictures on disk: `pipe` makes them, with `options` and
+    from `seed` on; `save` writes them as they are ready.
+
+    `count` says how many there will be, `meant_for` which kind of stage single values of options
+    are for; `more` are options that not every verb has, and `source` names what is worked on.
+
+    **Raises**: `ConfigError` where nothing can be written, before the model is loaded, or for
+    options that it can't follow; `CheckpointError`.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        asked: Asked,
+        count: int = 1,
+        *,
+        meant_for: str = "decoder",
+        source: str | None = None,
+        **more: Any,
+    ):
+        self.seed = asked.seed
+        named = by_stage(asked.steps, asked.guidance, asked.sampler)
+
+        from unclip.cli.output import Writer
+
+        self.writer = Writer(asked.out, count)
+
+        from unclip.files.find import resolve_folder
+
+        root = resolve_folder(asked.model or default_model())
+
+        from unclip.options import Options  # seconds of imports, so only for a model that is there
+        from unclip.pipeline import UnCLIP
+        from unclip.sources import Source
+
+        model = Source(root, asked.variant, found=True)
+        device, dtype = to_device(asked.device), to_dtype(asked.dtype)
+        self.hash = model.hash
+        self.pipe = UnCLIP.from_pretrained(model, device, dtype, offload=asked.offload)
+        named |= {"size": asked.size, "tile": asked.tile}
+        self.options = Options.of(named | more, meant_for=meant_for)
+        self.about = {"verb": verb, "source": source, "dtype": asked.dtype}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What reproduces the pictures, besides their prompts, seeds and the model."""
+        options = self.options.described()
+        options["prior_candidates"] = options["prior_candidates"] or self.pipe.prior_candidates
+        sampling = self.options.resolve(self.pipe.stages)
+        used = {name: config.model_dump() for name, config in sampling.items()}
+        said = {**self.about, **options, "sampling": used}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def save(
+        self,
+        pictures: Iterable[Image],
+        names: Sequence[str],
+        *,
+        prompts: Sequence[str] | None = None,
+        columns: int | None = None,
+        title: str | None = None,
+    ) -> None:
+        """Write each picture as it is ready under its name and seed, then a sheet of them all.
+
+        Prompts that differ are the sheet's captions.
+        """
+        same = {"settings": self.settings, "model": self.hash}
+        for k, picture in enumerate(pictures):
+            own = {"prompt": prompts[k] if prompts else "", "seed": self.seed + k}
+            self.writer.save(picture, names[k], own | same)
+        captions = prompts if len(set(prompts or ())) > 1 else None
+        self.writer.sheet(title or names[0], columns or square(len(names)), captions)
+
+
+def square(count: int) -> int:
+    """The columns of a sheet that is about as wide as high."""
+    return math.ceil(count**0.5)
 
 
 def default_model() -> Path:
@@ -34,88 +113,6 @@ def default_model() -> Path:
     raise CheckpointError(
         f"the shipped weights are not at {places[1]}; name a model folder or a run with --model"
     )
-
-
-def load(
-    model: Path | None,
-    device: str,
-    dtype: str,
-    offload: bool,
-    writer: Writer,
-    options: dict[str, Any],
-    **source: str,
-) -> UnCLIP:
-    """Load a model and tell the writer what makes its pictures.
-
-    **Raises**: `ConfigError` for options that the model can't follow, `CheckpointError`.
-    """
-    from unclip.files.find import resolve_folder
-
-    folder = resolve_folder(model or default_model())
-
-    from unclip.cli.summary import model_hash
-    from unclip.options import Options  # seconds of imports, so only for a model that is there
-    from unclip.pipeline import UnCLIP
-
-    pipe = UnCLIP.from_pretrained(folder, to_device(device), to_dtype(dtype), offload=offload)
-    opts = Options.of(options)
-    if source["verb"] == "upscale":
-        opts = opts.spread(pipe.upsamplers)
-    asked = {key: value for key, value in options.items() if key != "progress"}
-    if "prior_candidates" in asked:
-        asked["prior_candidates"] = asked["prior_candidates"] or pipe.prior_candidates
-    used = {stage.name: opts.sampling(stage).model_dump() for stage in pipe.stages}
-    writer.model = model_hash(folder)
-    writer.settings = {**source, **asked, "dtype": dtype, "sampling": used}
-    return pipe
-
-
-def draw(
-    pipe: UnCLIP,
-    make: Callable[[slice, int], list[Image]],
-    names: Sequence[str],
-    prompts: Sequence[str] | None,
-    seed: int,
-    size: int | None,
-    writer: Writer,
-) -> None:
-    """Draw picture k with seed + k, as many together as fit, and write them as they are ready.
-
-    `make` gives the pictures of a slice of the rows, of which the first has the given seed.
-    """
-    from unclip.stages.stage import chunk_size
-
-    together = chunk_size(size or max(pipe.sizes, default=1), pipe.device)
-    for start in range(0, len(names), together):
-        rows = slice(start, start + together)
-        for k, image in enumerate(make(rows, seed + start), start):
-            writer.save(image, names[k], seed + k, prompts[k] if prompts else "")
-
-
-def by_stage(steps: str | None, guidance: str | None, sampler: str | None) -> dict[str, Any]:
-    """The options that may differ by stage; with progress, for a person is watching."""
-    return {
-        "steps": _parse("--steps", steps, int),
-        "guidance": _parse("--guidance", guidance, float),
-        "sampler": _parse("--sampler", sampler, str),
-        "progress": True,
-    }
-
-
-def _parse(option: str, text: str | None, kind: type) -> Any:
-    """`50`, or `prior=25,decoder=50` as a dict."""
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            return kind(text)
-        pairs = [part.split("=") for part in text.split(",")]
-        return {name.strip(): kind(value.strip()) for name, value in pairs}
-    except ValueError:
-        example = {int: "50 or prior=25,decoder=50", float: "4 or prior=2,decoder=4"}
-        raise ConfigError(
-            f"{option} {text!r}: expected for example {example.get(kind, 'ddim or prior=ddpm')}"
-        ) from None
 
 
 def to_device(name: str) -> torch.device:

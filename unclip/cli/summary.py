@@ -1,18 +1,16 @@
-"""What a model folder holds, read from its configurations and headers without loading weights."""
+"""What a model is made of, read from its configurations and headers without loading weights."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import CheckpointError
-from unclip.files.diffusers import PIPELINE
-from unclip.files.folder import WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config, stage_order
+from unclip.files.folder import read_stage_config
 from unclip.files.tensors import TensorFile
-from unclip.stages.kinds import KINDS
+from unclip.sources import Source
+from unclip.stages.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -27,80 +25,40 @@ class StageSummary:
     encoder: str
 
 
-def summarise(root: Path) -> list[StageSummary]:
-    """Every stage of a model folder, or of one in Karlo's layout, in order.
+def summarise(source: Source) -> list[StageSummary]:
+    """The encoder and every stage, in order; of weights, those files that are read.
 
     **Raises**: `CheckpointError` if a file is missing or damaged.
     """
-    if (root / PIPELINE).is_file():
-        return _published(root)
-    return [_stage(root, str(name)) for name in read_index(root)["stages"]]
-
-
-def model_hash(root: Path) -> str:
-    """The first 12 digits of a sha256 over the weights of all stages of a model folder."""
-    if (root / PIPELINE).is_file():
-        files = sorted(root.glob("*/*.safetensors"))
-    else:
-        folders = [root / str(name) for name in read_index(root)["stages"]]
-        files = [f / name for f in folders for name in (WEIGHTS, WEIGHTS_LAST)]
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()[:12]
-
-
-def _stage(root: Path, name: str) -> StageSummary:
-    stage_order(name)  # a name from an index must not lead out of the folder
-    config, weights = read_stage_config(root, name), [root / name / WEIGHTS]
-    if (root / name / WEIGHTS_LAST).is_file():
-        weights.append(root / name / WEIGHTS_LAST)
-    try:
-        fingerprint = config.get("fingerprint") or config.get("clip") or {}
-        return StageSummary(
-            name,
-            sum(map(_parameters, weights)),
-            _size(config),
-            _sampling(config.get("sampling")),
-            sum(path.stat().st_size for path in weights),
-            str(fingerprint.get("name", "")),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{root / name} has a damaged config.json: {error!r}") from None
-
-
-def _published(root: Path) -> list[StageSummary]:
-    from unclip.files.diffusers import Folder
-    from unclip.interop.karlo import ENCODER, PARTS, stages
-
-    folder, found = Folder(root), []
-    configs = {name: stored.stage.describe() for name, stored in stages(folder).items()}
-    for name, config in {"clip": {}, **configs}.items():
-        parts = ENCODER if name == "clip" else PARTS[config["kind"]]
-        files = [f for part in parts if part in folder.parts for f in folder.weights(part)]
-        if files:
-            size, sampling = _size(config) if config else "", _sampling(config.get("sampling"))
-            count, size_on_disk = sum(map(_parameters, files)), sum(f.stat().st_size for f in files)
-            found.append(StageSummary(name, count, size, sampling, size_on_disk, ""))
+    found = []
+    for name, files in source.weights.items():
+        tensors = [TensorFile(path) for path in files]
+        count = sum(math.prod(file.shape(name)) for file in tensors for name in file)
+        size, sampling, encoder = _encoder(source) if name == "clip" else _stage(source, name)
+        on_disk = sum(path.stat().st_size for path in files)
+        found.append(StageSummary(name, count, size, sampling, on_disk, encoder))
     return found
 
 
-def _parameters(weights: Path) -> int:
-    file = TensorFile(weights)
-    return sum(math.prod(file.shape(name)) for name in file)
+def _stage(source: Source, name: str) -> tuple[str, str, str]:
+    stage = source.stage(name).stage
+    asked = stage.sampling
+    return (
+        kind_of(stage.config).words(stage.config),
+        f"{asked.sampler}, {asked.steps} steps, guidance {asked.guidance:g}"
+        if isinstance(asked, SamplingConfig)
+        else ", ".join(f"{key} {value:g}" for key, value in asked.model_dump().items()),
+        stage.encoder.name if stage.encoder else "",
+    )
 
 
-def _size(config: dict[str, Any]) -> str:
-    if "kind" not in config:
-        return f"{config['preprocess_cfg']['size']} px → {config['fingerprint']['width']} wide"
-    kind = KINDS[config["kind"]]
-    return kind.words(kind.config.model_validate(config["model"]))
-
-
-def _sampling(sampling: dict[str, Any] | None) -> str:
-    if not sampling:
-        return ""
-    return f"{sampling['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}"
+def _encoder(source: Source) -> tuple[str, str, str]:
+    if source.published is not None:
+        return "", "", ""
+    config = read_stage_config(source.root, "clip")
+    try:
+        fingerprint, side = config["fingerprint"], config["preprocess_cfg"]["size"]
+        return f"{side} px → {fingerprint['width']} wide", "", str(fingerprint["name"])
+    except (KeyError, TypeError) as error:
+        where = source.root / "clip"
+        raise CheckpointError(f"{where} has a damaged config.json: {error!r}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, UnclipWarning
+from unclip.files.disk import write_new
 
 NAME = "image_embeds"
 SUFFIXES = (".safetensors", ".npy")
@@ -23,23 +25,30 @@ UNIT = 0.01  # how far from one the norms of unit vectors may be
 
 def write_embeddings(
     path: Path, z_image: Tensor, keys: Sequence[str], encoder: Fingerprint
-) -> None:
-    """Write raw embeddings, their keys and their encoder's fingerprint.
+) -> Path:
+    """Write raw embeddings, their keys and their encoder's fingerprint under a free name.
 
-    **Shapes**: z_image (N, D), N keys. **Raises**: `ConfigError` if the path can't be written.
+    **Shapes**: z_image (N, D), N keys. **Raises**: `ConfigError` if nothing can be written there.
     """
     metadata = {"keys": json.dumps(list(keys)), "clip": encoder.model_dump_json()}
+
+    def write(beside: Path) -> None:
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file({NAME: z_image.float().cpu().contiguous()}, beside, metadata=metadata)
+        beside.chmod(mode)  # safetensors makes its files 0600
+
     try:
-        path.touch(exist_ok=False)
-        mode = path.stat().st_mode
-        save_file({NAME: z_image.float().cpu().contiguous()}, path, metadata=metadata)
-        path.chmod(mode)  # safetensors makes its files 0600
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_new(path, write)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"can't write {path}: {error}") from None
 
 
 def read_embeddings(path: Path, encoder: Fingerprint | None) -> tuple[Tensor, list[str]]:
     """Read a .safetensors file of ours, or a .npy array, which names no keys and no encoder.
+
+    Rows that are not finite are left out and named.
 
     **Shapes**: → (N, D) float32 on the CPU, N keys.
 
@@ -63,13 +72,17 @@ def read_embeddings(path: Path, encoder: Fingerprint | None) -> tuple[Tensor, li
         ) from None
     if z.ndim != 2 or not len(z) or not z.is_floating_point():
         raise DataError(f"{path} holds {z.dtype} of shape {tuple(z.shape)}; expected floats (N, D)")
-    if not bool(z.isfinite().all()):
-        raise DataError(f"{path} holds numbers that are not finite")
     if encoder is not None and "clip" in metadata:
         check_same_encoder(encoder, _fingerprint(metadata["clip"], path), str(path))
     if not isinstance(keys, list) or len(keys) != len(z):
         keys = [f"{path.stem}-{row}" for row in range(len(z))]
-    return z.float(), [str(key) for key in keys]
+    sound = z.isfinite().all(1)
+    for key in (key for key, kept in zip(keys, sound.tolist(), strict=True) if not kept):
+        warnings.warn(f"left out: {key} in {path} is not finite", UnclipWarning, stacklevel=2)
+    if not bool(sound.any()):
+        raise DataError(f"{path} holds no embedding of finite numbers")
+    keys = [str(key) for key, kept in zip(keys, sound.tolist(), strict=True) if kept]
+    return z[sound].float(), keys
 
 
 def check_raw(z: Tensor, usual: Callable[[], float | None], what: str, mend: str) -> None:

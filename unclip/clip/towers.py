@@ -5,8 +5,9 @@ B batch, D CLIP embedding, L text positions (context), W text width, R picture s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,15 @@ def build_clip(config: ClipConfig) -> nn.Module:
     return CLIP(**config.model_dump())
 
 
+class Lost(NamedTuple):
+    """What of a text is beyond the context; which words before that are unknown, and whether any
+    is known."""
+
+    cut: str
+    unknown: list[str]
+    known: bool
+
+
 class Tokenizer(Protocol):
     """Captions to ids and a mask (True = real token, the start and the end included)."""
 
@@ -66,6 +76,28 @@ class Tokenizer(Protocol):
     def raw(self, texts: Sequence[str]) -> list[list[int]]:
         """The byte-pair ids without padding: what two tokenizers must agree on."""
         ...
+
+    def lost(self, text: str) -> Lost:
+        """What of a text the encoder never sees."""
+        ...
+
+
+def unread(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[str]:
+    """A sentence on each text of which an encoder does not read all: what, and why not."""
+    for text in dict.fromkeys(texts):
+        cut, unknown, known = tokenizer.lost(text)
+        name = repr(text if len(text) <= 60 else f"{text[:59]}…")
+        if unknown and not known:
+            yield f"the encoder knows no word of {name}; pictures of such texts are all alike"
+            continue
+        if cut:
+            yield (
+                f"the encoder reads {tokenizer.context} tokens of a text; of {name} it does not "
+                f"read the end, {cut!r}"
+            )
+        if unknown:
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            yield f"the encoder does not know these words of {name}: {words}"
 
 
 class BpeTokenizer:
@@ -97,10 +129,31 @@ class BpeTokenizer:
         rows = self._tokenize(texts).tolist()
         return [row[: row.index(END) + 1] for row in rows]
 
-    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+    def lost(self, text: str) -> Lost:
+        """What of a text is cut, and which of its words the vocabulary lacks a part of."""
+        from open_clip.tokenizer import decode
+
+        row = self._tokenize([text], 4 * len(text.encode()) + 16)[0]
+        row = row[1 : int((row == END).int().argmax())]
+        kept, cut = row[: self.context - 2], row[self.context - 2 :]
+        ends = [decode(id_[None]).endswith(" ") for id_ in kept]  # whether it is a word's last part
+        starts = [0, *(k + 1 for k, end in enumerate(ends) if end and k + 1 < len(ends))]
+        words: dict[bool, list[str]] = {False: [], True: []}
+        for first, after in zip(starts, [*starts[1:], len(kept)], strict=True):
+            said = decode(kept[first:after]).strip()
+            known = self.vocabulary is None or self._known.issuperset(kept[first:after].tolist())
+            if any(c.isalnum() or not c.isascii() for c in said):  # punctuation says little
+                words[known].append(said)
+        return Lost(decode(cut).strip(" \ufffd"), words[False], bool(words[True]))
+
+    @cached_property
+    def _known(self) -> set[int]:
+        return set(self.vocabulary or ())
+
+    def _tokenize(self, texts: Sequence[str], context: int | None = None) -> Tensor:
         from open_clip.tokenizer import tokenize
 
-        return tokenize(list(texts), context_length=self.context)
+        return tokenize(list(texts), context_length=context or self.context)
 
 
 def vocabulary_of(captions: Iterable[str], context: int) -> list[int]:
@@ -132,6 +185,11 @@ class TransformersTokenizer:
         """The byte-pair ids without padding."""
         ids, mask = self(texts)
         return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+    def lost(self, text: str) -> Lost:
+        """What of a text is cut; no word is unknown."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, truncation=False, verbose=False)
+        return Lost(self.tokenizer.decode(ids[self.context - 2 :]).strip(), [], True)
 
 
 class OpenClipTowers(nn.Module):

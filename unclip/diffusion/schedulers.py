@@ -41,6 +41,22 @@ class Ancestral(UnCLIPScheduler):
         return super().step(x0, timestep, sample, **options)
 
 
+def check_sampler(
+    diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
+) -> None:
+    """**Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has."""
+    if sampler not in get_args(SamplerName):
+        known = ", ".join(get_args(SamplerName))
+        raise ConfigError(f"unknown sampler {sampler!r}; choose one of {known}")
+    total = diffusion.config.steps if levels is None else levels
+    if not 1 <= steps <= total:
+        raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
+    if sampler in ("dpm++", "unipc") and steps >= (usable := _usable(diffusion, total)):
+        raise ConfigError(
+            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
+        )
+
+
 def make_scheduler(
     diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
 ) -> tuple[Any, list[int]]:
@@ -50,12 +66,8 @@ def make_scheduler(
 
     **Raises**: `ConfigError` for an unknown sampler or more steps than the schedule has.
     """
-    if sampler not in get_args(SamplerName):
-        known = ", ".join(get_args(SamplerName))
-        raise ConfigError(f"unknown sampler {sampler!r}; choose one of {known}")
+    check_sampler(diffusion, sampler, steps, levels)
     total = diffusion.config.steps if levels is None else levels
-    if not 1 <= steps <= total:
-        raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
     common: dict[str, Any] = {"prediction_type": "sample"}
     if sampler == "ddpm":
         learned = diffusion.config.learned_variance
@@ -88,12 +100,7 @@ def make_scheduler(
         )
         scheduler.set_timesteps(steps)
         return scheduler, kept.tolist()
-    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
-    usable = min(total, int((lambdas >= LAMBDA_MIN).sum()))
-    if steps >= usable:
-        raise ConfigError(
-            f"{sampler} takes at most {usable - 1} steps on this schedule, not {steps}"
-        )
+    usable = _usable(diffusion, total)
     kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
     scheduler = kind(
         num_train_timesteps=usable,
@@ -103,3 +110,9 @@ def make_scheduler(
     )
     scheduler.set_timesteps(steps)
     return scheduler, scheduler.timesteps.tolist()
+
+
+def _usable(diffusion: GaussianDiffusion, total: int) -> int:
+    """How many of so many timesteps, from the cleanest on, the multistep solvers can work with."""
+    lambdas = 0.5 * (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()
+    return min(total, int((lambdas >= LAMBDA_MIN).sum()))

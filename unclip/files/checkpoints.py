@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, UnclipWarning
 from unclip.files.disk import read_json, sha256, sync, write_json
 from unclip.files.folder import FORMAT
 
@@ -47,7 +48,7 @@ def newest_checkpoint(run: str | Path, training: bool) -> Path | None:
             damaged.append(error)
             continue
         for reason in damaged:
-            warnings.warn(f"passing over a damaged checkpoint: {reason}", stacklevel=2)
+            warnings.warn(f"passing over a damaged checkpoint: {reason}", UnclipWarning, 2)
         return folder
     if damaged:
         raise CheckpointError(f"every checkpoint of {run} is damaged; the newest: {damaged[0]}")
@@ -66,16 +67,20 @@ def write_manifest(folder: Path) -> None:
         sync(inside)
 
 
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 by file, relative to the folder. **Raises**: `CheckpointError`."""
+    entries = read_json(folder / MANIFEST).get("files")
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise CheckpointError(f"{folder / MANIFEST} is not a list of files")
+    return entries
+
+
 def check_manifest(folder: Path, training: bool) -> None:
     """Compare every file with the manifest; `training` includes those that only resuming needs.
 
     **Raises**: `CheckpointError` naming the first file that differs.
     """
-    manifest = read_json(folder / MANIFEST)
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
-        raise CheckpointError(f"{folder / MANIFEST} is not a list of files")
-    for name, entry in entries.items():
+    for name, entry in read_manifest(folder).items():
         path = folder / name
         if name.startswith("training/") and not training:
             continue

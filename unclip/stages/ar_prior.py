@@ -17,7 +17,7 @@ from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
 from unclip.models.ar_prior import ArPrior
-from unclip.progress import progress_bar
+from unclip.progress import Progress, steps_of
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Stage
 
 
@@ -51,7 +51,7 @@ class ArStage(Stage):
         *,
         null_text: TextEncoding | None = None,
         negative: Cond | None = None,
-        progress: Any = False,
+        progress: Progress = False,
         **others: Any,
     ) -> Tensor:
         """One embedding for each generator; see `sample_autoregressive`.
@@ -60,14 +60,14 @@ class ArStage(Stage):
         """
         starts = range(0, len(generators), CHUNK_EMBEDDINGS)
         parts, total = [], self.config.components * len(starts)
-        with progress_bar(what=self.name, total=total, shown=progress) as bar:
+        with steps_of(self.name, total, progress) as step_done:
             for start in starts:
                 rows = slice(start, start + CHUNK_EMBEDDINGS)
                 own = cond.rows(rows)
                 away = own.null(null_text) if negative is None else negative.rows(rows)
                 parts.append(
                     sample_autoregressive(
-                        self.network, own, away, config, generators[rows], bar.update
+                        self.network, own, away, config, generators[rows], step_done
                     )
                 )
         return torch.cat(parts)

@@ -19,7 +19,7 @@ from unclip.diffusion.tiling import Tiled
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
-from unclip.progress import progress_bar
+from unclip.progress import Progress, steps_of
 from unclip.stages.kinds import kind_of
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
@@ -30,6 +30,11 @@ CHUNK_EMBEDDINGS = 64
 # How a stage is drawn from by whoever holds the options: one sample for each generator.
 Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
+
+
+def together(shape: Sequence[int], device: torch.device) -> int:
+    """How many samples of this shape go through a network together."""
+    return CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], device)
 
 
 def chunk_size(side: int, device: torch.device) -> int:
@@ -131,7 +136,7 @@ class Stage:
         repeats: int = 1,
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
@@ -144,11 +149,11 @@ class Stage:
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
         """
-        chunk = CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], cond.device)
+        chunk = together(shape, cond.device)
         starts = range(0, len(generators), chunk)
         total = config.steps * len(starts)
         parts = []
-        with progress_bar(what=self.name, total=total, shown=progress) as bar:
+        with steps_of(self.name, total, progress) as step_done:
             for start in starts:
                 rows = slice(start, start + chunk)
                 guess = self.guess(
@@ -167,7 +172,7 @@ class Stage:
                     guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
                 ):
                     x = step.x
-                    bar.update()
+                    step_done()
                 parts.append(x)
         return torch.cat(parts)
 

@@ -5,14 +5,15 @@ B pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from unclip.conditioning import Cond
+from unclip.errors import ConfigError
 from unclip.images import resize
-from unclip.stages.stage import Draw, Stage
+from unclip.stages.stage import Draw, Stage, together
 
 
 def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | None:
@@ -24,6 +25,25 @@ def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | Non
     return None if last is None or before is None else [*before, last]
 
 
+def way_up(
+    upsamplers: Sequence[Stage], side: int, size: int | None = None
+) -> tuple[int, list[Stage]]:
+    """How a picture of any side gets to `size`, by default the largest: the side that it is first
+    resized to, the largest input not above its own, and the stages from there.
+
+    **Raises**: `ConfigError` naming the sizes that it can get to.
+    """
+    goals = [stage.side for stage in upsamplers if stage.side > side]
+    goal = size or upsamplers[-1].side
+    if goal not in goals:
+        possible = f"can be upscaled to {goals}" if goals else "is too large to upscale"
+        raise ConfigError(f"size {goal}: with this model a picture of {side} pixels {possible}")
+    lows = sorted(
+        {stage.low for stage in upsamplers}, key=lambda low: (low > side, abs(low - side))
+    )
+    return next((low, r) for low in lows if low < goal and (r := route(upsamplers, low, goal)))
+
+
 def enlarge(
     chosen: Sequence[Stage], x: Tensor, generators: Sequence[torch.Generator], draw: Draw
 ) -> Tensor:
@@ -31,3 +51,15 @@ def enlarge(
     for stage in chosen:
         x = draw(stage, Cond(low_res=resize(x, stage.side)), generators).clamp(-1, 1)
     return x
+
+
+def enlarged(
+    chosen: Sequence[Stage], x: Tensor, generators: Sequence[torch.Generator], draw: Draw
+) -> Iterator[Tensor]:
+    """The same picture by picture, as soon as the last upsampler has drawn them: of large pictures
+    only those are in memory that it takes together."""
+    x = enlarge(chosen[:-1], x, generators, draw)
+    chunk = together(chosen[-1].shape, x.device) if chosen else len(x)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw)
