@@ -30,6 +30,10 @@ class Options:
     one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
     called after every step with the stage's name, the steps done and those to do.
 
+    `prior` says how text becomes an embedding (see `PriorName`) where a model can do it in several
+    ways. Guidance leads away from `negative_prompt`: the prior's from that text, the decoder's from
+    what the prior makes of it and from it as a caption; for the prompt itself it is guidance 1.
+
     **Raises**: `ConfigError` for numbers out of range.
     """
 
@@ -41,6 +45,8 @@ class Options:
     tile: int | None = None
     prior_candidates: int | None = None
     candidates: int = 1
+    prior: str | None = None
+    negative_prompt: str | None = None
     progress: Progress = False
     meant_for: str = field(default="decoder", kw_only=True)  # the kind that single values are for
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip import edit
 from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.clip.towers import unread
-from unclip.conditioning import Cond, TextEncoding
-from unclip.drawing import Drawing
+from unclip.conditioning import TextEncoding
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.drawing import Drawing, Start, drawer
 from unclip.errors import CheckpointError, ConfigError, UnclipWarning
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
@@ -28,12 +32,13 @@ from unclip.images import pad_to_square, resize, to_pil, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
 from unclip.options import Options
 from unclip.sources import Source
-from unclip.stages.prior import draw_embeddings
+from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
 from unclip.stages.upsampler import enlarged, route, way_up
 
 PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
+NO_UPSCALING = ("candidates", "prior", "negative_prompt")
 
 
 class UnCLIP:
@@ -53,12 +58,13 @@ class UnCLIP:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         prior_candidates: int = 2,
+        ar_prior: Stage | None = None,
     ):
-        self.clip, self.prior, self.decoder = clip, prior, decoder
+        self.clip, self.prior, self.ar_prior, self.decoder = clip, prior, ar_prior, decoder
         self.upsamplers = sorted(upsamplers, key=lambda stage: stage.side)
         self.device, self.dtype = torch.device(device), dtype
         self.prior_candidates = prior_candidates  # unless a call says otherwise
-        for stage in (prior, decoder):
+        for stage in (prior, ar_prior, decoder):
             if stage is not None and stage.encoder is not None and self.encoder is not None:
                 check_same_encoder(self.encoder, stage.encoder, stage.name)
 
@@ -93,6 +99,7 @@ class UnCLIP:
             device,
             dtype,
             source.prior_candidates,
+            stages.get("ar_prior"),
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -106,15 +113,16 @@ class UnCLIP:
 
     @property
     def stages(self) -> list[Stage]:
-        """The diffusion stages that are there, in order."""
-        return [s for s in (self.prior, self.decoder, *self.upsamplers) if s is not None]
+        """The stages that are there, in order."""
+        priors = (self.prior, self.ar_prior)
+        return [s for s in (*priors, self.decoder, *self.upsamplers) if s is not None]
 
     @property
     def encoder(self) -> Fingerprint | None:
         """Which CLIP encoder this model's embeddings come from."""
         if self.clip is not None:
             return self.clip.fingerprint
-        trained = [s.encoder for s in (self.prior, self.decoder) if s is not None]
+        trained = [s.encoder for s in self.stages if s is not None]
         return next((encoder for encoder in trained if encoder is not None), None)
 
     @property
@@ -127,7 +135,7 @@ class UnCLIP:
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
-        return self._encode_text(self._prompts(prompts)).embed
+        return self.text_encoding(self._prompts(prompts)).embed
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
@@ -158,15 +166,38 @@ class UnCLIP:
         return list(self.iterate(text, n, seed, z_image=z_image, **options))
 
     def variations(
-        self, image: Picture | Sequence[Picture], n: int = 1, seed: int | None = 0, **options: Any
+        self,
+        image: Picture | Sequence[Picture],
+        n: int = 1,
+        seed: int | None = 0,
+        inverted: bool = False,
+        **options: Any,
     ) -> list[Image.Image]:
-        """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`."""
-        opts, z_image = self.varied(Options.of(options)), self.encode_image(image)
-        return list(self.iterate(n=n, seed=seed, z_image=z_image, options=opts))
+        """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`.
+
+        `inverted`: from its x_T as well, by DDIM without guidance: at eta 0 they are
+        `reconstruct`, and the more different the larger eta is.
+        """
+        if inverted:
+            return edit.vary(self, image, n, seed, **options)
+        z_image, x_T = self.encode_image(image), options.pop("x_T", None)
+        opts = self.varied(Options.of(options))
+        return list(self.iterate(n=n, seed=seed, z_image=z_image, x_T=x_T, options=opts))
+
+    # Section 3: pictures as pairs (z_image, x_T), and parts of pictures.
+    invert, noise, redraw = edit.invert, edit.noise, edit.redraw
+    reconstruct, interpolate, text_diff = edit.reconstruct, edit.interpolate, edit.text_diff
+    mix, inpaint = edit.mix, edit.inpaint
+
+    def with_decoder_sampling(self, sampling: SamplingConfig) -> Self:
+        """The same model with other defaults for drawing from its decoder."""
+        other = copy(self)
+        other.decoder = replace(self.need("decoder", "pictures"), sampling=sampling)
+        return other
 
     def varied(self, options: Options) -> Options:
         """Options for variations: `eta` 1 where DDIM samples the decoder and none is given."""
-        return options.fresh(1.0, self._need("decoder", "pictures"))
+        return options.fresh(1.0, self.need("decoder", "pictures"))
 
     def iterate(
         self,
@@ -175,6 +206,7 @@ class UnCLIP:
         seed: int | None = 0,
         *,
         z_image: Any = None,
+        x_T: Tensor | Start | None = None,
         **options: Any,
     ) -> Iterator[Image.Image]:
         """What `text_to_image` or, given z_image, `image_from_embedding` make, one by one.
@@ -182,14 +214,19 @@ class UnCLIP:
         Memory does not grow with their number: as many as the decoder takes together go through the
         stages before the next do. Everything is checked before the first is asked for.
 
-        **Shapes**: z_image (B, D). **Raises**: as those two.
+        `x_T` is what the decoder starts from, as `invert` and `noise` give it, one or for each
+        picture; everything that makes pictures takes it.
+
+        **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those two.
         """
         opts = Options.of(options)
-        decoder, n = self._need("decoder", "pictures"), as_number("n", n, 1)
+        decoder, n = self.need("decoder", "pictures"), as_number("n", n, 1)
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
+        if z_image is not None and opts.prior is not None:
+            raise ConfigError(f"prior = {opts.prior!r} has no effect where embeddings are given")
+        by, prior = self._prior(opts) if z_image is None or opts.negative_prompt else ("", None)
         if z_image is None:
-            self._need("prior", "text to image; without one, make variations of a picture")
             prompts = self._prompts(() if prompt is None else prompt)
         else:
             z_image = as_embeddings(z_image, decoder.width).repeat_interleave(n, 0)  # (B n, D)
@@ -202,20 +239,25 @@ class UnCLIP:
                 raise ConfigError(f"{len(prompts)} captions for {len(z_image) // n} embeddings")
             if opts.candidates > 1 and prompt is None:
                 raise ConfigError("candidates are ranked against a caption, and there is none")
-        if self.clip is None and (z_image is None or prompt is not None or decoder.reads_text):
+        told = prompt is not None or opts.negative_prompt is not None or decoder.reads_text
+        if self.clip is None and (z_image is None or told):
             self._need_clip()
+        start = Start.of(x_T, decoder, opts.sampling(decoder), count := n * len(prompts))
         drawing = Drawing(
-            self.prior,
+            prior,
             decoder,
             route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or [],
             self._drawing(opts),
             self.device,
-            None if self.clip is None else self._encode_text,
+            None if self.clip is None else self.text_encoding,
             self.encode_image,
             opts.prior_candidates or self.prior_candidates,
             opts.candidates,
+            by,
+            opts.negative_prompt,
+            start,
         )
-        return drawing.pictures(prompts, z_image, as_seeds(seed, n * len(prompts)))
+        return drawing.pictures(prompts, z_image, as_seeds(seed, count))
 
     def text_to_embedding(
         self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
@@ -226,10 +268,15 @@ class UnCLIP:
         """
         opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
         prompts, n = self._prompts(prompt), as_number("n", n, 1)
-        prior, count = self._need("prior", "embeddings"), opts.prior_candidates
-        draw, text = self._drawing(opts), self._encode_text(prompts).repeat(n)
+        (by, prior), count = self._prior(opts), opts.prior_candidates or self.prior_candidates
+        if by == "none":
+            raise ConfigError("prior = 'none' makes no embeddings")
+        negative = None
+        if opts.negative_prompt is not None:
+            negative = self.text_encoding([opts.negative_prompt]).repeat(n * len(prompts))
+        draw, text = self._drawing(opts), self.text_encoding(prompts).repeat(n)
         generators = [torch.Generator().manual_seed(s) for s in as_seeds(seed, n * len(prompts))]
-        return draw_embeddings(prior, text, generators, count or self.prior_candidates, draw)
+        return draw_embeddings(prior, text, generators, count, draw, negative, by)
 
     def upscale(self, image: Picture, seed: int | None = 0, **options: Any) -> Image.Image:
         """Send a picture, padded to a square, through the upsamplers.
@@ -237,7 +284,7 @@ class UnCLIP:
         It is first resized to the input of the stage that begins: the one with the largest input
         not above the picture's side.
         """
-        opts = Options.of(options, ("candidates",), meant_for="upsampler")
+        opts = Options.of(options, NO_UPSCALING, meant_for="upsampler")
         if not self.upsamplers:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
         draw, pictures = self._drawing(opts), as_pictures(image)
@@ -254,26 +301,25 @@ class UnCLIP:
 
         **Raises**: `ConfigError` for options that a stage can't follow.
         """
-        sampling = opts.resolve(self.stages)
+        return drawer(opts, self.stages, self._null_text, self.device, self.dtype)
 
-        def draw(stage: Stage, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
-            null_text = None
-            if self.clip is not None and cond.text is not None:
-                with self._resident_clip() as clip:
-                    null_text = clip.null_text
-            with resident([stage.network, stage.last], self.device):
-                return stage.draw(
-                    cond,
-                    stage.shape,
-                    sampling[stage.name],
-                    generators,
-                    null_text=null_text,
-                    dtype=self.dtype,
-                    tile=opts.tile,
-                    progress=opts.progress,
-                )
+    def empty_text(self, rows: int) -> TextEncoding | None:
+        """What those decoders are told that have a picture's embedding and no caption."""
+        return None if self.clip is None else self.text_encoding([""] * rows)
 
-        return draw
+    def _null_text(self) -> TextEncoding | None:
+        if self.clip is None:
+            return None
+        with self._resident_clip() as clip:
+            return clip.null_text
+
+    def _prior(self, opts: Options) -> tuple[str, Stage | None]:
+        """How text becomes an embedding, and the stage for that."""
+        only = self.ar_prior if self.prior is None else None
+        by = opts.prior or ("diffusion" if only is None else "ar")
+        stage = self.ar_prior if by == "ar" else self.prior
+        check_prior(by, stage, self.decoder)
+        return by, stage
 
     def _prompts(self, prompts: Any) -> list[str]:
         """Prompts, with a warning where this model's encoder does not read all of them."""
@@ -282,7 +328,7 @@ class UnCLIP:
             warnings.warn(note, UnclipWarning, stacklevel=3)
         return several
 
-    def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
+    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
 
@@ -306,7 +352,7 @@ class UnCLIP:
             raise CheckpointError("this model has no CLIP encoder, which text and pictures need")
         return self.clip
 
-    def _need(self, name: str, purpose: str) -> Stage:
+    def need(self, name: str, purpose: str) -> Stage:
         stage: Stage | None = getattr(self, name)
         if stage is None:
             raise CheckpointError(f"this model has no {name}, which is needed for {purpose}")
