@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import statistics
 import tarfile
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -25,15 +27,16 @@ from machine import MB, memory, reset_peak
 from unclip.clip.encoder import FrozenCLIP
 from unclip.data.cache import EmbeddingCache
 from unclip.data.degradations import bsr
+from unclip.data.metadata import write_metadata
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import index_shard
 from unclip.errors import exit_on_error
-from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import to_pil
 from unclip.randomness import generator
+from unclip.text import markdown_table
 from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 
 SECONDS = 3.0  # for each measurement
@@ -102,7 +105,7 @@ def measure_index(root: Path) -> dict[str, float]:
 
 
 def measure_many(root: Path, rows: int) -> dict[str, float]:
-    """Memory and seconds to open shards of so many samples, and to draw two batches from them.
+    """What two processes need to open a thousand shards, together of so many samples.
 
     One shard under a thousand names, its index taken each time and not read again.
     """
@@ -114,18 +117,58 @@ def measure_many(root: Path, rows: int) -> dict[str, float]:
     (root / "many").mkdir()
     for number in range(1000):
         os.link(shard, root / "many" / f"{number:04}.tar")
-    with (
-        patch.dict(os.environ, UNCLIP_CACHE=str(root / "indexes")),
-        patch("unclip.data.shards.index_shard", lambda *_: index),
-    ):
-        open_dataset(str(root / "many"), 8)  # writes the indexes
-        before, began = memory("VmRSS"), time.perf_counter()
-        reset_peak()
-        many = open_dataset(str(root / "many"), 8)
-        stream = batches(many, batch=256, seed=0)
-        next(stream), next(stream)
-        seconds = time.perf_counter() - began
-    return {"rows": len(many), "MB": (memory("VmHWM") - before) / MB, "seconds": seconds}
+    with patch("unclip.data.shards.index_shard", lambda path, *texts: index):
+        return measure_opening(root, lambda: open_dataset(str(root / "many"), 8))
+
+
+def measure_rows(root: Path, rows: int) -> dict[str, float]:
+    """What two processes need to open a cache of so many embeddings, in ten files."""
+    each, captions = rows // 10, [f"a caption of the usual length, number {k}" for k in range(1000)]
+    for name in ("img_emb", "metadata"):
+        (root / "rows" / name).mkdir(parents=True)
+    for number in range(10):
+        array = root / "rows" / "img_emb" / f"img_emb_{number}.npy"
+        np.save(array, np.full((each, 8), number, np.float16))
+        keys = [f"{number:05}{k:09}" for k in range(each)]
+        table = root / "rows" / "metadata" / f"metadata_{number}.parquet"
+        write_metadata(table, keys, [captions[k % 1000] for k in range(each)])
+    return measure_opening(root, lambda: EmbeddingCache(root / "rows"))
+
+
+def measure_opening(root: Path, opened: Callable[[], Dataset]) -> dict[str, float]:
+    """Memory of its own, descriptors and seconds, for each of two processes, to open data and draw
+    two batches; first with nothing kept, then again."""
+    context, result = multiprocessing.get_context("fork"), {}
+    with patch.dict(os.environ, UNCLIP_CACHE=str(root / "kept"), LOCAL_WORLD_SIZE="2"):
+        for when in ("first", "again"):
+            told = context.Queue()
+            both = [context.Process(target=_open, args=(opened, k, told)) for k in (0, 1)]
+            for process in both:
+                process.start()
+            found = [told.get() for _ in both]
+            for process in both:
+                process.join()
+            result |= {f"{when}: {key}": max(one[key] for one in found) for key in found[0]}
+    return result
+
+
+def _open(opened: Callable[[], Dataset], rank: int, told: Any) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    before, held, began = memory("RssAnon"), len(os.listdir("/proc/self/fd")), time.perf_counter()
+    reset_peak()
+    peak = memory("VmHWM")
+    dataset = opened()
+    stream = batches(dataset, batch=256, seed=0, rank=rank, world=2)
+    next(stream), next(stream)
+    told.put(
+        {
+            "samples": len(dataset),
+            "seconds": time.perf_counter() - began,
+            "MB of its own": (memory("RssAnon") - before) / MB,
+            "MB at most, with what is mapped": (memory("VmHWM") - peak) / MB,
+            "descriptors": len(os.listdir("/proc/self/fd")) - held,
+        }
+    )
 
 
 def measure_cache(root: Path, clip: FrozenCLIP, rows: int) -> dict[str, float]:
@@ -145,33 +188,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", default="weights/emoji", help="the encoder of the cache")
     parser.add_argument("--rows", type=int, default=4000, help="of the cache")
     parser.add_argument("--many", type=int, default=10_000_000, help="samples to be opened at once")
+    parser.add_argument("--only-many", action="store_true", help="measure nothing but that")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.json"))
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # what is bad is bad on purpose
     with exit_on_error(), tempfile.TemporaryDirectory() as folder:
-        result = {
-            f"{form}, {side} px": measure_pictures(Path(folder), side, form)
-            for side, form in ((64, "PNG"), (256, "JPEG"), (1024, "JPEG"))
-        }
-        result["PNG, 64 px, in ten shards"] = measure_dirt(Path(folder)) | measure_index(
-            Path(folder)
-        )
-        many = measure_many(Path(folder), given.many)
-        clip = FrozenCLIP.load(given.clip)
-        result[f"embeddings, {clip.image_size} px"] = measure_cache(Path(folder), clip, given.rows)
-        rows = [
-            [what, how, f"{value:,.0f}"]
-            for what, rates in result.items()
-            for how, value in rates.items()
-        ]
+        root, result = Path(folder), {}
+        if not given.only_many:
+            result = measure_rates(root, FrozenCLIP.load(given.clip), given.rows)
+            rates = [[*what, f"{value:,.0f}"] for what, value in _flat(result)]
+            print(markdown_table(["what", "how", "a second, one core"], rates))
+        shards, cache = measure_many(root, given.many), measure_rows(root, given.many)
+        many = {"a thousand shards": shards, "a cache": cache}
+        sizes = [[*what, f"{value:,.1f}"] for what, value in _flat(many)]
+        print(markdown_table(["opened by two processes", "", "each"], sizes))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(given.out, {**result, "many": many})
-        print(markdown_table(["what", "how", "a second, one core"], rows))
-        print(
-            f"\n{many['rows']:,.0f} samples in 1,000 shards: open, and two batches drawn, after "
-            f"{many['seconds']:.1f} s with {many['MB']:,.0f} MB."
-        )
+
+
+def measure_rates(root: Path, clip: FrozenCLIP, rows: int) -> dict[str, dict[str, float]]:
+    """Pictures, samples and embeddings a second."""
+    result = {
+        f"{form}, {side} px": measure_pictures(root, side, form)
+        for side, form in ((64, "PNG"), (256, "JPEG"), (1024, "JPEG"))
+    }
+    result["PNG, 64 px, in ten shards"] = measure_dirt(root) | measure_index(root)
+    result[f"embeddings, {clip.image_size} px"] = measure_cache(root, clip, rows)
+    return result
+
+
+def _flat(result: dict[str, dict[str, float]]) -> list[tuple[tuple[str, str], float]]:
+    return [((what, how), x) for what, found in result.items() for how, x in found.items()]
 
 
 if __name__ == "__main__":

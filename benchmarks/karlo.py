@@ -30,10 +30,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unclip.errors import exit_on_error
-from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.interop.encoder import write_tokenizer
 from unclip.pipeline import UnCLIP
+from unclip.text import markdown_table
 
 CONTEXT = 77
 PRIOR, DECODER, UPSAMPLER = "prior", "decoder", "upsampler_256"

@@ -27,7 +27,8 @@ def reset_peak() -> bool:
 
 
 def memory(key: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (the peak since it was last reset)."""
+    """Bytes of `VmRSS` (now), `RssAnon` (what is mapped left out) or `VmHWM` (the peak since it was
+    last reset)."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

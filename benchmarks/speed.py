@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import exit_on_error
-from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.files.find import resolve_folder
 from unclip.pipeline import UnCLIP
 from unclip.stages.stage import Stage
+from unclip.text import markdown_table
 
 TEXT, PNG, REST = "clip text", "PNG write", "rest"
 

@@ -30,11 +30,11 @@ from unclip.data.open import open_dataset
 from unclip.data.sample import Batch
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import exit_on_error
-from unclip.evaluation.scores import markdown_table
 from unclip.files.disk import write_json
 from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.precision import resolve_precision
+from unclip.text import markdown_table
 from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.plan import flop_counter

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from parity import randomise
 
 from unclip.clip.encoder import FrozenCLIP
@@ -124,6 +126,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def one_thread() -> None:
     """Tiny networks run faster on one thread, and the same everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first Accelerator for all that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """A second device that isn't there: its tensors are the CPU's, but may not be mixed with them.
 
 `enable()` registers it with torch, for good, so it belongs into a process of its own. What runs on
-it is computed on the CPU; counted is where the host would have waited for a GPU. Run as a script,
-it does one thing named by its arguments there and prints what it saw as JSON.
+it is computed on the CPU, under CUDA's rules of autocast; counted is where the host would have
+waited for a GPU: to read a result, and to copy something there other than in passing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import unclip
+
 NAME = "pretended"
+PACKAGE = Path(unclip.__file__).parent
 aten = torch.ops.aten
 # On a GPU the size of their result has to be known by the host.
 SIZED_BY_DATA = {aten.nonzero, aten.masked_select, aten._unique2, aten.repeat_interleave}
@@ -26,11 +30,8 @@ SIZED_BY_DATA = {aten.nonzero, aten.masked_select, aten._unique2, aten.repeat_in
 TAKES_INDICES = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}
 
 
-class Waits(Counter[str]):
-    """How often the host waited, by the line of ours that made it: reads, and blocking uploads."""
-
-
-waits = Waits()
+# How often the host waited, by what for and by the function of ours that made it.
+waits: Counter[str] = Counter()
 
 
 class _Module:
@@ -108,38 +109,37 @@ class There(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute on the CPU what is asked of the other device, and take note of its traffic."""
+    """Compute on the CPU what is asked of the other device."""
     op, leaves = func.overloadpacket, tree_leaves((args, kwargs))
-    there = [x for x in leaves if isinstance(x, There)]
-    here = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, There)]
-    goal = kwargs.get("device") if op is not aten.set_ else None
-    goal = torch.device(goal) if goal is not None else None
+    there = {id(x.here): x for x in leaves if isinstance(x, There)}
+    goal = kwargs.get("device")
+    goes = torch.device(goal).type if goal is not None else NAME if there else "cpu"
+    if op is aten.copy_:
+        goes = args[0].device.type
     if op in (aten._to_copy, aten.copy_):
-        target = goal or args[0].device
-        source = args[1] if op is aten.copy_ else args[0]
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-        if target.type == "cpu" and isinstance(source, There):
-            _note("read")
-        elif target.type == NAME and not isinstance(source, There) and blocking:
-            _note("upload")
+        comes = args[op is aten.copy_].device.type
+        if comes != goes and (goes == "cpu" or blocking):
+            _note("read" if goes == "cpu" else "upload")
     elif op is aten._local_scalar_dense or op in SIZED_BY_DATA or _masks(op, args):
         _note("read")
-    elif there and (odd := [x for x in here if x.ndim and op not in TAKES_INDICES]):
-        shapes = [tuple(x.shape) for x in odd]
-        raise RuntimeError(f"{func} is given tensors of the CPU {shapes} with the device's")
-    bare = {id(x.here): x for x in there}
-    given = {**kwargs, "device": torch.device("cpu")} if goal is not None else kwargs
-    out = func(*tree_map(_bare, args), **tree_map(_bare, given))
-    stays = goal.type == NAME if goal is not None else bool(there)
-    if op is aten.copy_:
-        stays = isinstance(args[0], There)
+    elif there and op not in TAKES_INDICES:
+        odd = [tuple(x.shape) for x in leaves if type(x) is Tensor and x.ndim]
+        if odd:
+            raise RuntimeError(f"{func} is given tensors of the CPU {odd} with the device's")
+    if goal is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    out = func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
+    if goes == "cpu":
+        return out
+    # What an operation changes in place is given back as it is.
+    return tree_map(lambda x: _wrapped(x, there), out)
 
-    def wrap(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return bare.get(id(x)) if id(x) in bare else There(x)
 
-    return tree_map(wrap, out) if stays else out
+def _wrapped(x: Any, there: dict[int, There]) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return there[id(x)] if id(x) in there else There(x)
 
 
 def _bare(x: Any) -> Any:
@@ -153,16 +153,15 @@ def _masks(op: Any, args: Any) -> bool:
 
 
 def _note(kind: str) -> None:
-    frames = [f for f in traceback.extract_stack() if "/unclip/" in f.filename]
-    place = "elsewhere"
-    if frames:
-        place = f"{frames[-1].filename.rpartition('/unclip/')[2]}:{frames[-1].name}"
+    ours = [f for f in traceback.extract_stack() if PACKAGE in Path(f.filename).parents]
+    place = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "elsewhere"
     waits[f"{kind} {place}"] += 1
 
 
 def enable() -> torch.device:
     """Register the device; there is no way back."""
     _setup_privateuseone_for_python_backend(NAME, _Module)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # `here` goes with them
     every = torch.library.Library("_", "IMPL")
     every.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

@@ -59,7 +59,7 @@ def together(
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
         for rank, own in enumerate(told):
-            own.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            told[rank] = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **own}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(processes)]
         running = [

@@ -108,6 +108,12 @@ def theirs(transformers_folder: Path) -> FrozenCLIP:
     return FrozenCLIP.load(str(transformers_folder))
 
 
+def test_loading_fills_no_log(transformers_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers draws "Loading weights" wherever stderr goes."""
+    FrozenCLIP.load(str(transformers_folder))
+    assert "Loading" not in capfd.readouterr().err
+
+
 def as_open_clip(folder: Path) -> FrozenCLIP:
     """The same tower with its weights carried over to open_clip's names."""
     from safetensors.torch import load_file

@@ -10,16 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_clip, tiny_decoder, tiny_pipeline, tiny_prior, tiny_upsampler
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.diffusion import sampling
 from unclip.diffusion.schedulers import check_sampler, make_scheduler
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_tensor
+from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.stages.resident import resident
@@ -220,6 +223,20 @@ def test_wrong_embeddings_are_refused(pipe):
         pipe.image_from_embedding(torch.full((1, 16), torch.nan))
     with pytest.raises(ConfigError, match="3 captions for 2"):
         pipe.image_from_embedding(torch.ones(2, 16), text=["a", "b", "c"])
+
+
+def test_unit_vectors_are_not_taken_for_raw_embeddings(pipe, monkeypatch):
+    """LAION's are normalised. A Karlo, which does not normalise, drew noise from them."""
+    unit = F.normalize(torch.randn(2, pipe.decoder.width), dim=-1)
+    pipe.image_from_embedding(unit, size=16, steps=1)  # here only the direction counts
+    monkeypatch.setattr(ScaleConfig, "normalizes", False)
+    with pytest.raises(DataError, match=r"norms are 1, .* about 4\.0; multiply"):  # the prior's
+        pipe.image_from_embedding(unit, size=16, steps=1)
+    monkeypatch.setattr(EmbeddingScale, "norm", None)
+    monkeypatch.setattr(FrozenCLIP, "norm", 10.3)
+    with pytest.raises(DataError, match=r"about 10\.3; multiply"):
+        pipe.image_from_embedding(unit, size=16, steps=1)
+    pipe.image_from_embedding(10 * unit, size=16, steps=1)
 
 
 def test_missing_stages_are_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
-from unclip.training.task import Shown
+from unclip.training.task import Prepared, Shown
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,7 @@ CONFIGS = sorted(
     for path in (ROOT / "configs").glob("*/*.yaml")
     if path.parent.name != "accelerate"  # those are accelerate's, not ours
 )
+BUILT_IN = ("emoji", "shapes")
 TINY = {
     "decoder": [
         "model.unet.channels=16",
@@ -85,6 +87,19 @@ def first_batch(run, **where):
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_shipped_configuration_loads(path):
     load_config(ROOT / path, [], schema(path))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name not in BUILT_IN], ids=str)
+def test_configurations_for_photographs_neither_pad_nor_enlarge_nor_always_degrade(path):
+    """Decoders learned letterboxes, and upsamplers never met a picture as sharp as those they were
+    given."""
+    run = load_config(ROOT / path, [], schema(path))
+    assert run.data.fit == "crop"
+    drawn = getattr(run.model, "high", getattr(run.model, "resolution", 0))
+    assert run.data.min_side == drawn
+    if isinstance(run, UpsamplerRun):
+        assert run.degraded == 0.5
+        assert run.degradation == "bsr" or run.blur_sigma == (0.4, 0.6)
 
 
 def test_all_stacks_are_there():
@@ -277,6 +292,22 @@ def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     other = degraded.made(batch).low_res
     assert not torch.allclose(batch.low_res, other)
     assert_close(other, degraded.made(batch).low_res, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_what_workers_prepare_changes_no_loss(model_folder, stage):
+    """Noise and tokens, made in the training's own process, held an accelerator up."""
+    run = tiny(stage, model_folder)
+    clip = FrozenCLIP.load(run.clip)
+    task = (PriorTask if stage == "prior" else DecoderTask)(run, clip)
+    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer)
+    read = first_batch(run, made=pickle.loads(pickle.dumps(made)), workers=1)
+    assert read.noise is not None and read.tokens.shape == (2, 4, clip.context)
+    seen = []
+    clip.towers.tokenizer = lambda texts: seen.append(texts) or made.tokenizer(texts)
+    loss = task.loss(task.model, read, 0)["loss"]
+    assert all(texts == [""] for texts in seen)  # the null text alone
+    assert torch.equal(loss, task.loss(task.model, first_batch(run), 0)["loss"])
 
 
 @pytest.mark.parametrize("degradation", ["blur", "bsr"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from test_training_launch import TESTS, lines, start, write
-from unclip.training.precision import computes_in_bf16, resolve_precision
+
+from unclip.precision import computes_in_bf16, resolve_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WITHOUT = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from processes import script, together
 from test_tasks import tiny
 from test_training_launch import assert_same_lines, lines
+from torch.testing import assert_close
 
 from unclip.config import save_config
 from unclip.errors import ConfigError
 from unclip.files.checkpoints import newest_checkpoint
+from unclip.files.tensors import TensorFile
 from unclip.stages.stored import read_stage
 from unclip.training import drafts, sharding
 from unclip.training.decoder import train_decoder
@@ -84,6 +86,49 @@ def test_a_sharded_training_equals_one_process(
     checkpoint = newest_checkpoint(tmp_path / "two", training=True)
     assert checkpoint is not None
     assert read_stage(checkpoint, stage).load().network is not None
+
+
+def test_two_machines_hold_copies_and_share_within(tmp_path: Path) -> None:
+    stage, out, clip = "upsampler_64", tmp_path / "four", tmp_path
+    alone(stage, clip, tmp_path / "one", "train.steps=3")
+    config = tmp_path / "four.yaml"
+    save_config(configured(stage, clip, out, "train.steps=3", "train.accumulate=1"), config)
+    environment = {**FSDP2, "LOCAL_WORLD_SIZE": "2"}
+    printed = together(trainer, stage, config, processes=4, environment=environment)
+    assert "weights are shared out over 2 processes of each of 2 machines" in printed
+    assert_same_lines(lines(tmp_path / "one"), lines(out))
+
+
+@pytest.mark.parametrize(
+    ("world", "each", "grid"), [(8, 8, (1, 8)), (16, 8, (2, 8)), (4, 1, (1, 4)), (8, None, (1, 8))]
+)
+def test_weights_are_shared_within_a_machine(
+    world: int, each: int | None, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if each is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(each))
+    assert sharding.grid(world) == grid
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="start as many on every machine"):
+        sharding.grid(world)
+
+
+@pytest.mark.parametrize("stage", ["decoder", "prior"])
+def test_shared_out_in_bf16_it_learns_nearly_the_same(
+    stage: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Weights are put together in bf16, which rounds what adds up in float32 elsewhere too."""
+    alone(stage, model_folder, tmp_path / "one", "train.steps=3")
+    spread(stage, model_folder, tmp_path / "two", "train.steps=3", "train.precision=bf16")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert b["precision"] == "bf16"
+        assert_close(a["loss"], b["loss"], rtol=0.03, atol=0)
+    checkpoint = newest_checkpoint(tmp_path / "two", training=True)
+    assert checkpoint is not None
+    for file in ("weights", "optimizer"):
+        tensors = TensorFile(checkpoint / "training" / f"{file}.safetensors")
+        assert {x.dtype for x in tensors.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("first", ["sharded", "whole"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+from collections.abc import Sequence
 
 PLAIN = "unclip.plain"  # how consoles treat what they can't show
 
@@ -54,3 +55,14 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
         return os.fsencode(text), error.end
     except UnicodeEncodeError:
         return text.encode("ascii", "backslashreplace"), error.end
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well in a terminal and in a README."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

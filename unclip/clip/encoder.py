@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unclip.clip.fingerprint import PROBE_TEXTS, Fingerprint, digest, probes
 from unclip.clip.open import open_encoder
 from unclip.clip.preprocessing import PreprocessConfig, resize_and_crop, resize_pil
-from unclip.clip.towers import BpeTokenizer, OpenClipTowers, Towers, TransformersTowers
+from unclip.clip.towers import BpeTokenizer, OpenClipTowers, Towers, TransformersTowers, tokens
 from unclip.conditioning import TextEncoding
 from unclip.errors import CheckpointError
 from unclip.files.folder import write_stage
@@ -118,14 +118,17 @@ class FrozenCLIP(nn.Module):
         return self.encode_image(torch.stack(pixels))
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> TextEncoding:
-        """The captions' token states after the final norm, their mask, and raw `z_text`."""
-        ids, mask = (
-            part.to(self.device, non_blocking=True) for part in self.towers.tokenizer(texts)
-        )  # (B, L)
+    def encode_text(self, texts: Sequence[str] | Tensor) -> TextEncoding:
+        """The captions' token states after the final norm, their mask, and raw `z_text`.
+
+        **Shapes**: B captions, or their `tokens` (2, B, L).
+        """
+        found = texts if isinstance(texts, Tensor) else tokens(self.towers.tokenizer, texts)
+        ids, mask = found.to(self.device, non_blocking=True)  # (B, L)
+        mask = mask.bool()
         with self._own_precision():
-            tokens, embed = self.towers.encode_text(ids, mask)  # (B, L, W), (B, D)
-        return TextEncoding(tokens, mask, embed)
+            states, embed = self.towers.encode_text(ids, mask)  # (B, L, W), (B, D)
+        return TextEncoding(states, mask, embed)
 
     def _own_precision(self) -> torch.autocast:
         """Compute in the towers' precision also where a network around them does in another."""

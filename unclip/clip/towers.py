@@ -100,6 +100,12 @@ def unread(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[str]:
             yield f"the encoder does not know these words of {name}: {words}"
 
 
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Ids and mask in one, to be sent on. **Shapes**: B texts → (2, B, L) int64."""
+    ids, mask = tokenizer(texts)
+    return torch.stack([ids, mask.long()])
+
+
 class BpeTokenizer:
     """CLIP's byte-pair tokenizer as open_clip has it, with an optional reduced vocabulary.
 

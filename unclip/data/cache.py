@@ -19,21 +19,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unclip.clip.embeddings import check_raw
-from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.captions import clean, hash_of
 from unclip.data.folders import fixed_part
 from unclip.data.kept import check_open_files
 from unclip.data.metadata import Metadata
-from unclip.data.sample import Batch, Dataset, Sample
+from unclip.data.sample import Dataset, Sample
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.files.disk import read_json
 
@@ -41,6 +40,25 @@ INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"
 PROBED = 256  # rows whose norms are looked at
 SAME = 0.02  # of its length, by which one picture's embeddings may differ
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+
+
+class Encoder(Protocol):
+    """What a cache asks of a CLIP encoder."""
+
+    @property
+    def width(self) -> int:
+        """Of its embeddings."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Which encoder it is."""
+        ...
+
+    @property
+    def norm(self) -> float:
+        """The usual length of its image embeddings."""
+        ...
 
 
 class EmbeddingCache:
@@ -136,7 +154,7 @@ class EmbeddingCache:
                 f"{made or 'middle (or pad)'}: set that"
             )
 
-    def check_raw(self, clip: FrozenCLIP) -> None:
+    def check_raw(self, clip: Encoder) -> None:
         """What a scale needs that does not normalise. **Raises**: `DataError` for unit vectors."""
         chosen = range(0, len(self), -(-len(self) // PROBED))
         z = torch.stack([self._row(index) for index in chosen])
@@ -148,7 +166,7 @@ class EmbeddingCache:
             "prior and decoder, or write raw ones with train/embed.py",
         )
 
-    def check_encoder(self, clip: FrozenCLIP, name: str) -> None:
+    def check_encoder(self, clip: Encoder, name: str) -> None:
         """**Raises**: `CheckpointError` if another encoder made the embeddings."""
         if "clip" in self.index:
             trained = parse_config(self.index["clip"], Fingerprint, str(self.root / INDEX))
@@ -276,11 +294,3 @@ def _open_array(path: Path) -> _Array:
     if not array.flags.c_contiguous:
         raise DataError(f"{path} is stored column by column; save np.ascontiguousarray of it")
     return _Array(path, array.offset, array.shape, array.dtype)
-
-
-def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
-    """Raw image embeddings of a batch, made of its pictures if it brings none.
-
-    **Shapes**: → (B, D) float32.
-    """
-    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image

@@ -69,7 +69,8 @@ class Dataset(Protocol):
 @dataclass(frozen=True)
 class Batch:
     """**Shapes**: ids (B,) int64 global sample ids; what there is of pixels (B, 3, H, W), uint8 or
-    float32 in [-1, 1]; z_image (B, D); low_res (B, 3, h, w) and noise (B, 3, H, W) of upsamplers.
+    float32 in [-1, 1]; z_image (B, D); an upsampler's low_res (B, 3, h, w); noise, of the shape of
+    what is learned; the captions' tokens (2, B, L), ids and mask.
     """
 
     captions: list[str]
@@ -78,6 +79,7 @@ class Batch:
     z_image: Tensor | None = None
     low_res: Tensor | None = None
     noise: Tensor | None = None
+    tokens: Tensor | None = None
 
     @classmethod
     def of(cls, samples: Sequence[Sample], ids: Sequence[int] = ()) -> Batch:
@@ -99,6 +101,11 @@ class Batch:
         """The pictures, converted where they are. **Shapes**: (B, 3, H, W) float32 in [-1, 1]."""
         assert self.pixels is not None, "a cache holds no pictures"
         return from_pixels(self.pixels)
+
+    @property
+    def text(self) -> list[str] | Tensor:
+        """The captions, as tokens where these are made."""
+        return self.captions if self.tokens is None else self.tokens
 
     def to(self, device: torch.device | str) -> Batch:
         """On another device; ids stay on the CPU, where random numbers are drawn."""

@@ -174,7 +174,9 @@ class GaussianDiffusion:
         device = like.device
         if device not in self._tables:
             tables = self._tables[torch.device("cpu")]
-            self._tables[device] = {key: row.to(device) for key, row in tables.items()}
+            self._tables[device] = {
+                key: row.to(device, non_blocking=True) for key, row in tables.items()
+            }
         return self._tables[device][name][t.to(device)].view(-1, *[1] * (like.ndim - 1))
 
 

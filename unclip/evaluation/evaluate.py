@@ -32,7 +32,7 @@ from unclip.images import to_tensor, to_uint8
 from unclip.pipeline import UnCLIP
 
 REFERENCES = 20_000  # training pictures that are looked at
-DISTRIBUTION = 2_000  # of them, those that stand for the distribution
+DISTRIBUTION = 4_000  # of them, those that stand for the distribution
 LEAST, LEAST_HELD_OUT = 16, 4
 OWN = "own"
 
@@ -224,7 +224,7 @@ def _likeness(
     if (same := measures.same_concept(x, real, group.names, names, group.own)) is not None:
         line["same"], line["same5"] = same
     distribution = real[others][:DISTRIBUTION]
-    line["realistic"] = measures.realistic(x, real, group.own)
+    line["realistic"] = measures.realistic(x, distribution)
     line["kernel"] = measures.kernel_distance(x, distribution)
     line["frechet"] = measures.frechet_distance(x, distribution)
     as_many = distribution[: max(len(x), measures.DENSITY_NEIGHBOURS + 1)]

@@ -1,7 +1,7 @@
 """Measures on features of pictures: what is shown, how near to real ones, how varied.
 
-N pictures, M real ones, F features, D embedding, S samples of one caption. Distances of neighbours
-are cosine distances. `own` (N,) names for each picture the real one that is left out of its
+N pictures, M real ones, F features, D embedding, S samples of one caption. Distances are cosine
+distances. `own` (N,) names for each picture the real one that is left out of its
 neighbours: a picture does not count as like itself.
 """
 
@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NEIGHBOURS = 3  # "realistic": as near as a real picture's third neighbour
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # within which a picture is near a real one
 TOP = 5
 COPIES = 0.05  # the share of real held-out pictures that lie nearer than what counts as a copy
-DENSITY_NEIGHBOURS = 5
 PROBE_DECAY, PROBE_STEPS = 1e-2, 100
 CHUNK = 4096  # real pictures whose distances are held at a time
 
@@ -65,12 +64,22 @@ def same_concept(
     return float(hit[:, 0].float().mean()), float(hit.any(1).float().mean())
 
 
-def realistic(x: Tensor, real: Tensor, own: Tensor | None = None) -> float:
-    """The share of pictures that lie no farther from the nearest real one than its third
-    neighbour among real ones does. **Shapes**: x (N, F), real (M, F)."""
-    distance, rows = nearest(x, real, 1, own)  # (N, 1) both
-    radius, _ = nearest(real[rows[:, 0]], real, NEIGHBOURS, rows[:, 0])
-    return float((distance[:, 0] <= radius[:, -1]).float().mean())
+def realistic(x: Tensor, real: Tensor) -> float:
+    """The share of pictures that lie as near to some real one as its third neighbour among real
+    ones does.
+
+    The more real pictures, the nearer they lie: compare figures of equal M.
+
+    **Shapes**: x (N, F), real (M, F). **Source**: precision in Kynkäänniemi et al. 2019, eq. 1.
+    """
+    return float(_near(x, real, NEIGHBOURS).any(0).float().mean())
+
+
+def _near(x: Tensor, real: Tensor, k: int) -> Tensor:
+    """Which pictures lie within each real one's k-th neighbour. **Shapes**: → (M, N) bool."""
+    radius = nearest(real, real, k, torch.arange(len(real)))[0][:, -1:]  # (M, 1)
+    unit, unit_real = F.normalize(x.float(), dim=1), F.normalize(real.float(), dim=1)
+    return 1 - unit_real @ unit.T <= radius
 
 
 def copy_threshold(held_out: Tensor, real: Tensor) -> float:
@@ -91,8 +100,8 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     **Shapes**: x (N, F), y (M, F), two rows or more each.
     **Source**: Bińkowski et al. 2018, "Demystifying MMD GANs", eq. 3 and 4.
     """
-    x, y = (F.normalize(a.double(), dim=1) for a in (x, y))
-    xx, yy, xy = ((a @ b.T + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    x, y = (F.normalize(a.float(), dim=1) for a in (x, y))
+    xx, yy, xy = (((a @ b.T).double() + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
 
     def between(k: Tensor) -> Tensor:
         return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
@@ -128,10 +137,7 @@ def density_coverage(x: Tensor, real: Tensor, k: int = DENSITY_NEIGHBOURS) -> tu
 
     **Shapes**: x (N, F), real (M, F). **Source**: Naeem et al. 2020, eq. 7 and 9.
     """
-    rows = torch.arange(len(real))
-    radius = nearest(real, real, k, rows)[0][:, -1]  # (M,)
-    unit, unit_real = F.normalize(x.float(), dim=1), F.normalize(real.float(), dim=1)
-    near = 1 - unit_real @ unit.T <= radius[:, None]  # (M, N)
+    near = _near(x, real, k)
     density = near.sum() / (k * near.shape[1])
     return float(density), float(near.any(1).float().mean())
 

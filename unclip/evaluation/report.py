@@ -12,7 +12,7 @@ from PIL import Image
 
 from unclip.evaluation.drawings import ROWS, Group
 from unclip.evaluation.evaluate import Evaluation
-from unclip.evaluation.scores import markdown_table
+from unclip.text import markdown_table
 
 SHOWN = 24  # captions of a group on the page
 Table = tuple[str, str, list[str], list[list[str]]]  # title, what it says, header, rows
@@ -45,8 +45,8 @@ UPSCALED = {
 MEANING = """\
 **same**, of 5: % whose nearest training picture, or one of five, has the name asked for; a
 picture's own real one is left out. **style**: % in which a linear probe, fitted on other real
-pictures, finds the style asked for. **realistic**: % no farther from the nearest real picture than
-that one's third neighbour. **kernel**: kernel distance × 1000, from other training pictures.
+pictures, finds the style asked for. **realistic**: % as near to some other training picture as
+that one's third neighbour is. **kernel**: kernel distance × 1000, from other training pictures.
 **copies**: % nearer to a training picture than 95 % of real held-out ones are. **density**,
 **coverage**: among as many other training pictures, within their fifth neighbour. **Fréchet**:
 distance of Gaussians in these features; it falls as pictures grow in number. Name alone: captions

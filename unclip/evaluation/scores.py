@@ -95,14 +95,3 @@ def mean_scores(rows: Sequence[Scores]) -> Scores:
     """The mean of each score over pictures, and their number."""
     means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return {**means, "pictures": len(rows)}
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well in a terminal and in a README."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

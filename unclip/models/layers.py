@@ -217,7 +217,9 @@ class EmbeddingScale(Statistics):
         z = z.float()
         if self.config.kind == "unit":
             return z / self.config.factor
-        return z * self.std + self.mean if self.config.kind == "whiten" else z
+        if self.config.kind == "whiten":  # where the network is offloaded its statistics are, too
+            return z * self.std.to(z.device) + self.mean.to(z.device)
+        return z
 
     @property
     def norm(self) -> float | None:

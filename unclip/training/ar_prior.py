@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.cache import embeddings_of
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
@@ -24,7 +23,16 @@ from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 from unclip.training.drafts import fit_quantizer
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.prior import nearest_pictures, open_pairs
-from unclip.training.task import DropConfig, Shown, check_widths, drop, start_from, stream
+from unclip.training.task import (
+    DropConfig,
+    Prepared,
+    Shown,
+    check_widths,
+    drop,
+    embeddings_of,
+    start_from,
+    stream,
+)
 
 
 class ArPriorRun(Config):
@@ -57,7 +65,7 @@ class ArPriorTask:
         """
         quantizer = self.stage.network.quantizer
         z_image = embeddings_of(self.clip, batch)
-        text = self.clip.encode_text(batch.captions)
+        text = self.clip.encode_text(batch.text)
         dot = quantizer.dot(z_image, text.embed)  # of the caption, though it may be dropped
         cond = Cond(text=text)
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", batch.ids, z_image))
@@ -88,4 +96,5 @@ def train_ar_prior(run: ArPriorRun, accelerator: Accelerator) -> Path:
     def begin() -> None:
         fit_quantizer(task.stage.network.quantizer, clip, dataset, run.train.seed)
 
-    return fit(task, stream(dataset, run, accelerator), run.train, run, accelerator, begin)
+    made = Prepared(run.train.seed, None, clip.towers.tokenizer)
+    return fit(task, stream(dataset, run, accelerator, made), run.train, run, accelerator, begin)

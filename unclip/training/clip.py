@@ -110,9 +110,10 @@ class ClipTask:
         seed, augment = self.config.train.seed, self.config.augment
         images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
         ids, mask = self.tokenizer(batch.captions)  # (B, L)
-        ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words).to(images.device)
+        ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
+        ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
         if isinstance(self.model, AidedCLIP):
-            out = model(images, ids, mask.to(images.device), self._lesson(batch))
+            out = model(images, ids, mask, self._lesson(batch))
             return self.model.losses(out, images, ids)
         z_image, z_text, scale = model(images, ids)  # (B, D) unit norm, (B, D) unit norm, ()
         return contrastive_loss(z_image, z_text, ids, scale)
@@ -123,13 +124,13 @@ class ClipTask:
         if restore is not None and restore.noise > 0:
             width = self.config.model.embed_dim
             noise = randomness.normal(seed, "restore", batch.ids, (width,))  # (B, D)
-            noise = (restore.noise * width**-0.5 * noise).to(device)
+            noise = (restore.noise * width**-0.5 * noise).to(device, non_blocking=True)
         if self.teacher is None:
             return Lesson(noise)
         phrases = self.teacher.draw(seed, batch.ids)
         ids, mask = self.tokenizer(phrases)  # (B, L)
         sentences, meant = self.teacher(batch.captions), self.teacher(phrases)  # (B, E)
-        taught = (part.to(device) for part in (sentences, meant, ids, mask))
+        taught = (part.to(device, non_blocking=True) for part in (sentences, meant, ids, mask))
         return Lesson(noise, *taught)
 
     @torch.no_grad()
@@ -187,7 +188,8 @@ def place(images: Tensor, ids: Tensor, seed: int, augment: AugmentConfig) -> Ten
     zoom = 1 / (1 + augment.scale * unit[:, 0])
     theta[:, 0, 0] = theta[:, 1, 1] = zoom
     theta[:, :, 2] = 2 * augment.shift * unit[:, 1:]  # a picture spans [-1, 1]
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    theta = theta.to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Outside a picture grid_sample reads 0: shift white there and back.
     return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
 

@@ -33,6 +33,7 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Prepared,
     Shown,
     check_widths,
     draw,
@@ -88,14 +89,14 @@ class DecoderTask:
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids = batch.ids
-        cond = self._jittered(self._cond(batch.images, batch.captions, batch.z_image), ids)
+        cond = self._jittered(self._cond(batch.images, batch.text, batch.z_image), ids)
         cond = cond.drop(
             self.clip.null_text,
             drop_image=drop(self.run, "image", ids, batch.images),
             drop_text=drop(self.run, "text", ids, batch.images),
         )
         x0 = resize(batch.images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
-        t, noise = draw(self.run, ids, x0)
+        t, noise = draw(self.run, ids, x0, batch.noise)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
 
     def preview(self, model: Any) -> Image.Image | None:
@@ -115,11 +116,13 @@ class DecoderTask:
         """Take over the weights of the same stage, or of its only kin."""
         start_from(self.stage, path)
 
-    def _cond(self, images: Tensor, captions: list[str], z_image: Tensor | None = None) -> Cond:
+    def _cond(
+        self, images: Tensor, text: list[str] | Tensor, z_image: Tensor | None = None
+    ) -> Cond:
         reads_text = self.run.model.text_width is not None
         return Cond(
             image_embed=self.clip.encode_image(images).float() if z_image is None else z_image,
-            text=self.clip.encode_text(captions) if reads_text else None,
+            text=self.clip.encode_text(text) if reads_text else None,
         )
 
     def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
@@ -128,7 +131,8 @@ class DecoderTask:
             return cond
         sigma = self.run.jitter * randomness.uniform(seed, "jitter", ids)
         noise = randomness.normal(seed, "jittered", ids, z.shape[1:])
-        z = jittered(self.stage.network.scale, z, sigma.to(z.device), noise.to(z.device))
+        sigma, noise = (part.to(z.device, non_blocking=True) for part in (sigma, noise))
+        z = jittered(self.stage.network.scale, z, sigma, noise)
         return replace(cond, image_embed=z)
 
 
@@ -150,5 +154,7 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
             seed, jitter = run.train.seed, run.jitter
             fit_layout(task.stage.network, clip, dataset, seed, jitter, accelerator.autocast)
 
-    batches_from = stream(dataset, run, accelerator)
+    tokenizer = clip.towers.tokenizer if task.stage.reads_text else None
+    made = Prepared(run.train.seed, task.stage.shape, tokenizer)
+    batches_from = stream(dataset, run, accelerator, made)
     return fit(task, batches_from, run.train, run, accelerator, begin)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.cache import embeddings_of
 from unclip.data.sample import Batch, Dataset, fixed
 from unclip.images import resize
 from unclip.models.ar_prior import Quantizer
@@ -19,6 +18,7 @@ from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
+from unclip.training.task import embeddings_of
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are

@@ -196,7 +196,9 @@ def fit(
         if config.precision == "auto":
             log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
-            log.say(f"weights are shared out over {accelerator.num_processes} processes")
+            machines, each = sharding.grid(accelerator.num_processes)
+            copies = f" of each of {machines} machines" if machines > 1 else ""
+            log.say(f"weights are shared out over {each} processes{copies}")
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)
         try:
             with stop_signal() as stopped:

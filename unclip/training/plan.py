@@ -28,8 +28,8 @@ from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.evaluation.scores import markdown_table
 from unclip.stages.kinds import kind_of, kind_of_keys
+from unclip.text import markdown_table
 from unclip.training.ar_prior import ArPriorRun
 from unclip.training.decoder import DecoderRun
 from unclip.training.prior import PriorRun

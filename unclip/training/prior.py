@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.cache import EmbeddingCache, embeddings_of
+from unclip.data.cache import EmbeddingCache
 from unclip.data.open import DataConfig, is_cache
 from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
@@ -32,10 +32,12 @@ from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
+    Prepared,
     Shown,
     check_widths,
     draw,
     drop,
+    embeddings_of,
     frozen_clip,
     sample_preview,
     start_from,
@@ -78,10 +80,10 @@ class PriorTask:
         """The loss of each pair. **Shapes**: → (B,)."""
         ids = batch.ids
         z_image = embeddings_of(self.clip, batch)
-        cond = Cond(text=self.clip.encode_text(batch.captions))
+        cond = Cond(text=self.clip.encode_text(batch.text))
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", ids, z_image))
         x0 = self.stage.network.scale(z_image)  # (B, D)
-        t, noise = draw(self.run, ids, x0)
+        t, noise = draw(self.run, ids, x0, batch.noise)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
 
     def preview(self, model: Any) -> Image.Image | None:
@@ -141,5 +143,6 @@ def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
             seed, drop = run.train.seed, run.drop.text
             fit_draft(task.stage.network, clip, dataset, seed, drop, accelerator.autocast)
 
-    batches_from = stream(dataset, run, accelerator)
+    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer)
+    batches_from = stream(dataset, run, accelerator, made)
     return fit(task, batches_from, run.train, run, accelerator, begin)

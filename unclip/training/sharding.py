@@ -16,7 +16,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unclip.errors import ConfigError
@@ -50,9 +54,28 @@ def hidden() -> Iterator[None]:
             os.environ[ASKED] = value
 
 
+def grid(world: int) -> tuple[int, int]:
+    """How many machines there are, and over how many processes of each weights are shared out.
+
+    Machines hold copies, because what connects them is slower than what connects the GPUs of one;
+    where each has a single process, all of them share.
+
+    **Raises**: `ConfigError` if machines differ in their processes.
+    """
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if each in (1, world):
+        return 1, world
+    if world % each:
+        raise ConfigError(
+            f"{world} processes, {each} of them on this machine: start as many on every machine"
+        )
+    return world // each, each
+
+
 def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Spread a model over the processes, with rank 0's values; each of its blocks is whole only
-    while it runs.
+    """Spread a model over the processes of a machine, with rank 0's values; each of its blocks is
+    whole only while it runs. In bf16, blocks are put together in half the bytes; gradients are
+    added up in float32.
 
     **Raises**: `ConfigError` if it can't be spread.
     """
@@ -67,9 +90,17 @@ def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         p.data = p.data.contiguous()  # FSDP takes no channels-last weights
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, src=0)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    machines, each = grid(accelerator.num_processes)
+    sides = {"copies": machines, "parts": each} if machines > 1 else {"parts": each}
+    mesh = init_device_mesh(
+        accelerator.device.type, tuple(sides.values()), mesh_dim_names=tuple(sides)
+    )
+    policy = MixedPrecisionPolicy()
+    if accelerator.mixed_precision == "bf16":
+        # Inputs stay as they are: autocast knows better which of them may be rounded.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in units(model):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         for name in _methods(unit):
             _gather_for(unit, name)
     return model

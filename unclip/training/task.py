@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
+from unclip.clip.towers import Tokenizer, tokens
 from unclip.conditioning import Cond
 from unclip.config import Config, flat
 from unclip.data.open import DataConfig
@@ -117,19 +118,48 @@ def stream(
     )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Adds to a batch its samples' noise and its captions' tokens: work for a loader's workers,
+    which would else hold up an accelerator."""
+
+    seed: int
+    shape: tuple[int, ...] | None  # of one sample's noise
+    tokenizer: Tokenizer | None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """**Shapes**: noise (B, *shape), tokens (2, B, L)."""
+        if self.shape is not None:
+            noise = randomness.normal(self.seed, "noise", batch.ids, self.shape)
+            batch = replace(batch, noise=noise)
+        if self.tokenizer is not None:
+            batch = replace(batch, tokens=tokens(self.tokenizer, batch.captions))
+        return batch
+
+
 def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Timestep (B,) and noise (B, *) of each sample, by its global id, or with noise at hand."""
     seed = run.train.seed
     t = randomness.integers(seed, "t", ids, run.diffusion.steps)
     if noise is None:
         noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
-    return t.to(x0.device), noise.to(x0.device)
+    t, noise = (part.to(x0.device, non_blocking=True) for part in (t, noise))
+    return t, noise
 
 
 def drop(run: Any, what: str, ids: Tensor, like: Tensor) -> Tensor:
     """Which samples go without a condition. **Shapes**: (B,) → (B,) bool."""
     share = getattr(run.drop, what)
-    return (randomness.uniform(run.train.seed, f"drop {what}", ids) < share).to(like.device)
+    dropped = randomness.uniform(run.train.seed, f"drop {what}", ids) < share
+    return dropped.to(like.device, non_blocking=True)
+
+
+def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
+    """Raw image embeddings of a batch, made of its pictures if it brings none.
+
+    **Shapes**: → (B, D) float32.
+    """
+    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
 
 
 def sample_preview(
