@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.sampling import SamplingConfig
@@ -196,7 +197,7 @@ def _anew(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
 def drawer(
     opts: Options,
     stages: Sequence[Stage],
-    null_text: Callable[[], TextEncoding | None],
+    clip: FrozenCLIP | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Draw:
@@ -209,14 +210,17 @@ def drawer(
     def draw(
         stage: Stage, cond: Cond, generators: Sequence[torch.Generator], /, **more: Any
     ) -> Tensor:
-        null = None if cond.text is None else null_text()
+        null_text = None
+        if clip is not None and cond.text is not None:
+            with resident([clip], device):
+                null_text = clip.null_text
         with resident([stage.network, stage.last], device):
             return stage.draw(
                 cond,
                 stage.shape,
                 sampling[stage.name],
                 generators,
-                null_text=null,
+                null_text=null_text,
                 dtype=dtype,
                 tile=opts.tile,
                 progress=opts.progress,

@@ -63,7 +63,7 @@ class Pipe(Protocol):
         self,
         prompt: Any = None,
         n: int = 1,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         *,
         z_image: Any = None,
         x_T: Any = None,
@@ -118,11 +118,16 @@ def noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
 
 
 def redraw(
-    pipe: Pipe, z_image: Any, x_T: Tensor, seed: int | None = 0, **options: Any
+    pipe: Pipe,
+    z_image: Any,
+    x_T: Tensor,
+    seed: int | Sequence[int] | None = 0,
+    **options: Any,
 ) -> list[Image]:
     """Pictures of pairs, the way back of `invert`: by DDIM in 50 steps, without guidance.
 
-    `eta` above 0 leaves x_T behind, up to variations at 1. **Shapes**: (B, D), (B, 3, R, R).
+    `eta` above 0 leaves x_T behind, up to variations at 1. `seed`, or each picture's own, is for
+    that and the upsamplers. **Shapes**: (B, D), (B, 3, R, R).
     """
     return list(exact(pipe).iterate(seed=seed, z_image=z_image, x_T=x_T, **options))
 
@@ -138,11 +143,12 @@ def vary(
     return list(drawn)
 
 
-def reconstruct(pipe: Pipe, image: Picture, **options: Any) -> Image:
+def reconstruct(pipe: Pipe, image: Picture, seed: int | None = 0, **options: Any) -> Image:
     """A picture from its own z_image and x_T: what a pair can say of it."""
     picture = _one(image)
     z_image = pipe.encode_image(picture)
-    return redraw(pipe, z_image, invert_as_asked(pipe, picture, z_image, options), **options)[0]
+    x_T = invert_as_asked(pipe, picture, z_image, options)
+    return redraw(pipe, z_image, x_T, seed, **options)[0]
 
 
 def interpolate(
@@ -176,8 +182,9 @@ def interpolate(
             if x_T is not None:
                 a, b = x_T[k].flatten(), x_T[k + 1].flatten()
                 drawn.append(sphere.slerp(a, b, share).view_as(x_T[k]))
-    x_T = noise(pipe, as_seeds(seed, 1)) if x_T is None else torch.stack(drawn)
-    return redraw(pipe, torch.stack(z), x_T, seed, **options)
+    first = as_seeds(seed, 1)
+    x_T = noise(pipe, first) if x_T is None else torch.stack(drawn)
+    return redraw(pipe, torch.stack(z), x_T, first * len(z), **options)
 
 
 def text_diff(
@@ -186,16 +193,16 @@ def text_diff(
     target: str,
     source: str = "",
     strength: float | Sequence[float] = 0.35,
+    seed: int | None = 0,
     **options: Any,
-) -> Image | list[Image]:
+) -> list[Image]:
     """A picture turned towards what the target caption adds to the source's (Section 3.3).
 
     z_image goes the share `strength` of the way to the difference of the two captions' embeddings,
-    x_T stays that of the picture; strength 0 is `reconstruct`. Several strengths give a list.
+    x_T stays that of the picture; strength 0 is `reconstruct`. One picture for each strength.
 
     **Raises**: `ConfigError` for captions of one embedding, or a strength that is not finite.
     """
-    one = isinstance(strength, int | float)
     strengths = torch.tensor([strength] if isinstance(strength, int | float) else list(strength))
     if not len(strengths) or not bool(strengths.isfinite().all()):
         raise ConfigError(f"strength = {strength}: must be one or more finite numbers")
@@ -204,8 +211,7 @@ def text_diff(
     old, new = pipe.encode_text([source, target])  # (D,) each
     z = torch.cat([sphere.text_diff(z_image, old, new, float(s)) for s in strengths])
     x_T = invert_as_asked(pipe, picture, z_image, options)
-    drawn = redraw(pipe, z, x_T, **options)
-    return drawn[0] if one else drawn
+    return redraw(pipe, z, x_T, as_seeds(seed, 1) * len(z), **options)
 
 
 def mix(

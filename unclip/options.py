@@ -17,6 +17,8 @@ from unclip.stages.stage import Stage
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
 BY_STAGE = ("steps", "guidance", "sampler")
+PICTURES_ONLY = ("size", "tile", "candidates")  # embeddings have no use for these,
+OF_TEXT = ("candidates", "prior", "negative_prompt")  # and upsamplers none for these
 
 
 @dataclass(frozen=True)

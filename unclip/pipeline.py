@@ -30,15 +30,12 @@ from unclip.files.disk import from_home
 from unclip.files.folder import update_index
 from unclip.images import pad_to_square, resize, to_pil, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
-from unclip.options import Options
+from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.sources import Source
 from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
 from unclip.stages.upsampler import enlarged, route, way_up
-
-PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
-NO_UPSCALING = ("candidates", "prior", "negative_prompt")
 
 
 class UnCLIP:
@@ -175,8 +172,7 @@ class UnCLIP:
     ) -> list[Image.Image]:
         """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`.
 
-        `inverted`: from its x_T as well, by DDIM without guidance: at eta 0 they are
-        `reconstruct`, and the more different the larger eta is.
+        `inverted`: from its x_T as well, and the less like it the larger `eta`; 0 `reconstruct`s.
         """
         if inverted:
             return edit.vary(self, image, n, seed, **options)
@@ -203,7 +199,7 @@ class UnCLIP:
         self,
         prompt: str | Sequence[str] | None = None,
         n: int = 1,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         *,
         z_image: Any = None,
         x_T: Tensor | Start | None = None,
@@ -284,7 +280,7 @@ class UnCLIP:
         It is first resized to the input of the stage that begins: the one with the largest input
         not above the picture's side.
         """
-        opts = Options.of(options, NO_UPSCALING, meant_for="upsampler")
+        opts = Options.of(options, OF_TEXT, meant_for="upsampler")
         if not self.upsamplers:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
         draw, pictures = self._drawing(opts), as_pictures(image)
@@ -301,17 +297,11 @@ class UnCLIP:
 
         **Raises**: `ConfigError` for options that a stage can't follow.
         """
-        return drawer(opts, self.stages, self._null_text, self.device, self.dtype)
+        return drawer(opts, self.stages, self.clip, self.device, self.dtype)
 
     def empty_text(self, rows: int) -> TextEncoding | None:
         """What those decoders are told that have a picture's embedding and no caption."""
         return None if self.clip is None else self.text_encoding([""] * rows)
-
-    def _null_text(self) -> TextEncoding | None:
-        if self.clip is None:
-            return None
-        with self._resident_clip() as clip:
-            return clip.null_text
 
     def _prior(self, opts: Options) -> tuple[str, Stage | None]:
         """How text becomes an embedding, and the stage for that."""
