@@ -35,9 +35,9 @@ from unclip.images import resize
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.precision import resolve_precision
 from unclip.text import markdown_table
+from unclip.training.counting import flop_counter
 from unclip.training.decoder import DecoderRun, DecoderTask
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.plan import flop_counter
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 

@@ -35,7 +35,7 @@ from unclip.models.layers import DraftConfig
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.clip import ClipRun, ClipTask
 from unclip.training.fit import fit
-from unclip.training.teacher import Teacher, TeacherConfig, common_words
+from unclip.training.teacher import TaughtConfig, Teacher, TeacherConfig, common_words
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "red", "circle", "square", "green", "blue", "with", "house", "##s", "a"]
@@ -94,15 +94,19 @@ def test_sentences_are_embedded_once(sentences: Path, monkeypatch: pytest.Monkey
 
 
 def test_listed_words_are_whole_in_both_vocabularies() -> None:
-    assert common_words({"house", "the", "##s", "[CLS]", "qwfpg", "7"}, 10) == ["the", "house"]
-    assert common_words({"house", "the"}, 1) == ["the"]  # the commoner one
+    """CLIP's own order first, then whatever else the teacher knows whole."""
+    known = ["[CLS]", "qwfpg", "house", "the", "##s", "7"]
+    assert common_words(known, 10) == ["the", "house", "qwfpg"]
+    assert common_words(known, 1) == ["the"]
 
 
 def test_phrases_hold_every_word_and_depend_on_the_sample_alone(sentences: Path) -> None:
     found = teacher(sentences, [], words=3, phrases=("{}", "a {} with a {}"))
-    words = common_words(set(WORDS), 3)
+    words = common_words(WORDS, 3)
     assert set(words) < set(found.phrases)
     assert all(any(p.startswith(f"a {word} with a ") for p in found.phrases) for word in words)
+    one = teacher(sentences, [], words=3, phrases=("{}", "a {}", "the {}"), wordings=1)
+    assert len(one.phrases) == 3 and all(any(w in p for p in one.phrases) for w in words)
     ids = torch.arange(40)
     drawn = found.draw(5, ids)
     assert found.draw(5, ids[3:4]) == drawn[3:4] and len(set(drawn)) > 3
@@ -130,7 +134,7 @@ def aided(teaches: bool = True, restores: bool = True, **restore: float) -> Aide
     towers = OpenClipTowers(model, BpeTokenizer(12, vocabulary), config)
     network = DraftConfig(width=32, blocks=1)
     head = RestoreConfig(side=8, network=network, **restore) if restores else None
-    return AidedCLIP(towers, head, TeacherConfig(model="m") if teaches else None, 8)
+    return AidedCLIP(towers, head, TaughtConfig(model="m") if teaches else None, 8)
 
 
 def inputs(model: AidedCLIP) -> tuple[Tensor, Tensor, Tensor, Lesson]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import warnings
@@ -17,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from unclip import images
 from unclip.containers import orientation
-from unclip.errors import DataError
+from unclip.errors import ConfigError, DataError
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -307,3 +308,15 @@ def test_a_narrow_picture_is_refused_by_its_header(
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DataError, match=r"a\.png is 90 x 30, narrower than data.min_side = 31"):
         images.Fit(64, min_side=31).read(tmp_path / "a.png")
+
+
+def test_running_out_of_descriptors_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(ConfigError, match="ulimit -n"):
+        images.load_image(tmp_path / "a.png")

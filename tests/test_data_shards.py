@@ -28,7 +28,7 @@ from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import Shards, read_index
 from unclip.data.tar import ENTRY
-from unclip.errors import DataError
+from unclip.errors import ConfigError, DataError
 from unclip.images import Fit
 
 ANY = torch.Generator()
@@ -436,11 +436,11 @@ def test_running_out_of_descriptors_is_no_damage(
     def opened(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    with monkeypatch.context() as patched, pytest.raises(DataError, match="ulimit -n"):
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="ulimit -n"):
         patched.setattr(tarfile, "open", opened)
         patched.setattr(Path, "open", opened)
         dataset = dataset or open_dataset(str(path), 9)
-        dataset.dataset.get(0, ANY)  # type: ignore[attr-defined]
+        dataset.get(0, ANY)
     assert captions(open_dataset(str(path), 9)) == [f"number {n}" for n in range(10)]
 
 

@@ -59,6 +59,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decoder with text transformer": lambda: decoder(text_transformer=transformer_config()),
     "decoder without text": lambda: decoder(text_width=None),
     "decoder with patches": lambda: decoder(unet_config(patch=2, scale_shift=False)),
+    "decoder with a head": lambda: decoder(unet_config(patch=2, head=6), image_tokens=7),
     "upsampler": upsampler,
     "upsampler with patches": lambda: upsampler(residual=True, patch=2),
 }
@@ -534,3 +535,27 @@ def test_low_precision_attention_is_close_and_leaves_masked_keys_out(keys: int) 
             assert not gradient.masked_select(~mask.movedim(3, 2)).any()
     for low, whole in zip(out[torch.bfloat16], out[torch.float32], strict=True):
         assert_close(low.float(), whole, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("head", "side"), [(None, 4), (5, 5)])
+@torch.no_grad()
+def test_a_head_sees_across_the_borders_of_patches(head: int | None, side: int) -> None:
+    """Without one a patch's pixels are channels of one position, blind to the next patch."""
+    unet = decoder(unet_config(patch=4, head=head)).unet
+    randomise(unet, seed=1)
+    emb, x = torch.randn(1, unet.config.embed), torch.zeros(1, 3, 8, 8)
+    context = unet.context_kv(torch.zeros(1, 1, 16), None)
+    before = unet(x, emb, context)
+    first = torch.zeros(1, 1, 2, 2)
+    first[..., 0, 0] = 1
+    unet.conv_out.register_forward_hook(lambda module, args, out: out + first)
+    changed = (unet(x, emb, context) - before).abs().sum((0, 1)) > 1e-6
+    assert bool(changed[:side, :side].all()) and int(changed.sum()) == side**2
+
+
+@torch.no_grad()
+def test_the_image_embedding_enters_as_so_many_tokens() -> None:
+    model = make("decoder with a head")
+    _, _, cond = inputs(model)
+    keys, _ = model.prepare(cond).cache.context.kv[0]
+    assert cond.text is not None and keys.shape[2] == 7 + cond.text.length()

@@ -27,11 +27,12 @@ from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.training.ar_prior import ArPriorRun
+from unclip.training.augment import place
 from unclip.training.clip import ClipRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
-from unclip.training.task import Prepared, Shown
+from unclip.training.task import Prepared, Shown, draw
 from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +215,47 @@ def test_a_decoder_draws_no_colours_beyond_black_and_white(model_folder):
     task.stage.diffusion.loss = lambda model, x0, *_: seen.append(x0)
     task.loss(Spy(), batch, 0)
     assert seen[0].abs().max() <= 1
+
+
+def test_a_decoder_learns_moved_pictures_from_their_own_embeddings(model_folder, tmp_path):
+    augment = "augment={flip: 0.5, shift: 0.2, scale: 0.2}"
+    run = tiny("decoder", model_folder, augment, "drop.image=0", "train.batch=16")
+    task, seen = DecoderTask(run, FrozenCLIP.load(run.clip)), []
+    batch = first_batch(run)
+
+    def model(x_t, t, cond):
+        return torch.zeros_like(x_t)
+
+    task.stage.diffusion.loss = lambda model, x0, cond, *_: seen.append((x0, cond.image_embed))
+    task.loss(model, batch, 0)
+    x0, z_image = seen[0]
+    moved = task.moved(batch.images, batch.ids)
+    assert_close(x0, moved)
+    assert_close(z_image, task.clip.encode_image(moved).float())
+    assert all(not torch.equal(a, b) for a, b in zip(moved, batch.images, strict=True))
+    plain = tiny("decoder", model_folder, "train.batch=16")
+    assert torch.equal(DecoderTask(plain, task.clip).moved(batch.images, batch.ids), batch.images)
+    with pytest.raises(ConfigError, match="augment"):
+        tiny("decoder", model_folder, augment, f"embeddings={tmp_path}")
+
+
+def test_flipped_pictures_are_mirror_images_by_sample():
+    x, ids = torch.rand(200, 3, 4, 4), torch.arange(200)
+    moved = place(x, ids, 0, shift=0.0, scale=0.0, flip=0.3)
+    mirrored = (moved == x.flip(-1)).flatten(1).all(1)
+    assert torch.equal(moved[~mirrored], x[~mirrored])
+    assert 0.2 < mirrored.float().mean() < 0.4
+    assert torch.equal(place(x[7:8], ids[7:8], 0, 0.0, 0.0, 0.3), moved[7:8])
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_timesteps_are_drawn_as_a_power_of_even_numbers(model_folder, power):
+    run = tiny("decoder", model_folder, f"diffusion.time_power={power}")
+    t, _ = draw(run, torch.arange(2000), torch.zeros(2000, 1))
+    assert t.min() >= 0 and t.max() < run.diffusion.steps
+    for share in (0.25, 0.5, 0.75):
+        below = (t < share * run.diffusion.steps).double().mean()
+        assert abs(below - share**power) < 0.04
 
 
 def test_jitter_moves_training_embeddings_and_no_others(model_folder):

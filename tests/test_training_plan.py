@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from unclip.cli import main
 from unclip.precision import computes_in_bf16
+from unclip.training import counting
 from unclip.training import plan as planning
-from unclip.training.plan import Plan, plan, report, step_needs
+from unclip.training.counting import step_needs
+from unclip.training.plan import Plan, plan, report
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {
@@ -26,8 +29,8 @@ SMALL = {
 
 def measured_peak(run: Any, micro: int) -> int:
     """Bytes beyond weights, gradients and inputs at the peak of one step on the CPU."""
-    network = planning._network(run)
-    inputs = planning._inputs(run, micro)
+    network = counting.network_of(run)
+    inputs = counting.inputs_of(run, micro)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -56,9 +59,9 @@ def test_activations_are_those_of_a_real_step(path: str, checkpointing: bool) ->
     A CPU without units for bf16 computes it in float32, with copies that GPUs don't make.
     """
     run = planning._load(CONFIGS / path, [*SMALL[path], "train.precision=bf16"])
-    model = planning._with_checkpointing(run.model.model_dump(), checkpointing)
+    model = counting.with_checkpointing(run.model.model_dump(), checkpointing)
     run = run.model_copy(update={"model": type(run.model).model_validate(model)})
-    _, predicted = step_needs(run, 4, checkpointing)
+    predicted = step_needs(run, 4, checkpointing).peak
     exact = 0.01 if computes_in_bf16(torch.device("cpu")) else 0.1
     assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else exact)
 
@@ -90,9 +93,11 @@ def test_parameters_and_state_are_those_that_a_run_saves(
 def test_sharding_divides_what_is_kept_and_adds_what_is_put_together() -> None:
     path = CONFIGS / "emoji" / "upsampler_256.yaml"
     copied, spread = (plan(path, [], 4, shard) for shard in (False, True))
+    twice = plan(path, ["train.batch=8"], 8, True, machines=2)  # shared within each
+    assert twice.fixed == spread.fixed
     kept = copied.weights + copied.gradients + copied.optimizer + copied.ema
     assert spread.fixed == pytest.approx(kept / 4 + spread.gathered, rel=1e-6)
-    unet = planning._network(planning._load(path, [])).unet
+    unet = counting.network_of(planning._load(path, [])).unet
     blocks = [sum(p.numel() for p in b.parameters()) for b in (*unet.down, *unet.mid, *unet.up)]
     assert spread.gathered == 12 * max(blocks)
     assert copied.gathered == 0
@@ -102,14 +107,14 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_put_together() -> None:
 def test_arithmetic_is_three_times_that_of_the_forward_pass() -> None:
     """And grows with the batch; with checkpointing the forward pass is done again."""
     run = planning._load(CONFIGS / "emoji/upsampler_256.yaml", ["data.crop=64"])
-    flops = {on: step_needs(run, 2, on)[0] for on in (False, True)}
-    network, inputs = planning._network(run), planning._inputs(run, 2)
-    with planning.flop_counter() as counter, torch.no_grad():
+    flops = {on: step_needs(run, 2, on).flops for on in (False, True)}
+    network, inputs = counting.network_of(run), counting.inputs_of(run, 2)
+    with counting.flop_counter() as counter, torch.no_grad():
         network(*inputs)
     forward = counter.get_total_flops()
     assert flops[False] == pytest.approx(3 * forward, rel=0.05)  # no gradient for the input
     assert flops[False] < flops[True] <= flops[False] + forward
-    assert step_needs(run, 4, False)[0] == pytest.approx(2 * flops[False], rel=0.01)
+    assert step_needs(run, 4, False).flops == pytest.approx(2 * flops[False], rel=0.01)
 
 
 def needs(**changes: Any) -> Plan:
@@ -120,6 +125,8 @@ def needs(**changes: Any) -> Plan:
         "checkpointed": 16 * 10**9,
         "checkpointing": False,
         "flops": 1e12,
+        "operations": 1000,
+        "accumulate": 4,
         "pictures": 10**9,
     }
     return Plan(**base | changes)
@@ -140,6 +147,37 @@ def test_the_report_says_what_fits(changes: dict[str, Any], memory: float, verdi
     assert verdict in page
     days = 1e9 * 1e12 / (8 * 100e12 * 0.5) / 86400
     assert f"take {days:,.1f} days on 8 GPUs at 50% of 100 TFLOP/s" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, None),  # 5 ms to launch, 160 ms to compute
+        ({"operations": 40_000}, "from 10 on they would not; train.accumulate=2 makes it 16."),
+        ({"operations": 80_000}, "400 ms to launch and 160 ms to compute, from 20 on"),
+        ({"operations": 80_000}, "train.accumulate=1 makes it 32."),
+        ({"operations": 800_000}, "makes it 32, and train.batch has to grow too."),
+        ({"operations": 40_000, "accumulate": 1}, "raise train.batch, or use fewer GPUs."),
+    ],
+)
+def test_the_report_says_when_a_gpu_waits_for_its_host(
+    changes: dict[str, Any], advice: str | None
+) -> None:
+    page = report(needs(**changes), gpus=8, memory=100, tflops=100, utilisation=0.5)
+    assert advice in page if advice else "starves" not in page
+
+
+def test_eight_gpus_are_starved_by_what_feeds_one() -> None:
+    """gpu24's batches are cut in four for one GPU; on eight that leaves four pictures to each."""
+    path = CONFIGS / "gpu24" / "upsampler_256.yaml"
+    eight = plan(path, [], 8)
+    assert (eight.micro_batch, eight.accumulate) == (4, 4)
+    whole = replace(eight, micro_batch=16, accumulate=1)
+    pages = [
+        report(needs, gpus=8, memory=80, tflops=312, utilisation=0.4) for needs in (eight, whole)
+    ]
+    assert "train.accumulate=1 makes it 16." in pages[0]
+    assert "starves" not in pages[1]
 
 
 def test_the_verb_plans_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:

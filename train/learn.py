@@ -29,6 +29,7 @@ from unclip.config import read_yaml
 from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.errors import exit_on_error
 from unclip.files.checkpoints import checkpoint_step, newest_checkpoint
+from unclip.files.disk import check_writable
 from unclip.images import gradient_energy, grid, psnr, resize, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
 from unclip.stages.stage import Stage
@@ -224,6 +225,7 @@ def write(out: Path, **entries: Any) -> dict[str, Any]:
 
 def learn(out: Path, fresh: bool) -> None:
     """Train what is not yet trained, then sample and score."""
+    check_writable(out, "--out")
     if fresh:
         for name in (*(step.name for step in STEPS), "model"):
             shutil.rmtree(out / name, ignore_errors=True)

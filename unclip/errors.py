@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,17 @@ class DivergedError(UnclipError):
 
 class UnclipWarning(UserWarning):
     """Something that was asked for and is done, but not as one might think."""
+
+
+def check_open_files(error: Exception) -> None:
+    """To be asked before a file is called damaged.
+
+    **Raises**: `ConfigError` if it is descriptors that ran out.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise ConfigError(
+            "too many open files; raise the limit, for example `ulimit -n 4096`"
+        ) from None
 
 
 @contextmanager

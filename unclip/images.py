@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unclip.containers import bare
-from unclip.errors import DataError
+from unclip.errors import DataError, check_open_files
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -71,6 +71,7 @@ def load_image(
             f"{label} is not a JPEG, PNG or WebP picture; convert it first", "no picture"
         ) from None
     except Exception as error:  # decoders raise anything on damaged files
+        check_open_files(error)
         raise DataError(f"{label} is damaged and can't be decoded: {error}", "damaged") from None
     return upright
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +37,8 @@ from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
 from unclip.stages.upsampler import enlarged, route, way_up
+
+NOTES = 4  # prompts of a call that warnings name
 
 
 class UnCLIP:
@@ -160,6 +163,8 @@ class UnCLIP:
         **Shapes**: z_image (B, D). **Raises**: `ConfigError` for another width, `DataError` for
         numbers that are not finite.
         """
+        if z_image is None:
+            raise ConfigError("no embeddings; to make pictures of a text call text_to_image")
         return list(self.iterate(text, n, seed, z_image=z_image, **options))
 
     def variations(
@@ -176,9 +181,7 @@ class UnCLIP:
         """
         if inverted:
             return edit.vary(self, image, n, seed, **options)
-        z_image, x_T = self.encode_image(image), options.pop("x_T", None)
-        opts = self.varied(Options.of(options))
-        return list(self.iterate(n=n, seed=seed, z_image=z_image, x_T=x_T, options=opts))
+        return list(self.iterate(n=n, seed=seed, image=as_pictures(image), **options))
 
     # Section 3: pictures as pairs (z_image, x_T), and parts of pictures.
     invert, noise, redraw = edit.invert, edit.noise, edit.redraw
@@ -201,11 +204,13 @@ class UnCLIP:
         n: int = 1,
         seed: int | Sequence[int] | None = 0,
         *,
+        image: Picture | Sequence[Picture] | None = None,
         z_image: Any = None,
         x_T: Tensor | Start | None = None,
         **options: Any,
     ) -> Iterator[Image.Image]:
-        """What `text_to_image` or, given z_image, `image_from_embedding` make, one by one.
+        """What `text_to_image` makes or, given z_image, `image_from_embedding`, or of an image
+        `variations`, one by one.
 
         Memory does not grow with their number: as many as the decoder takes together go through the
         stages before the next do. Everything is checked before the first is asked for.
@@ -213,9 +218,13 @@ class UnCLIP:
         `x_T` is what the decoder starts from, as `invert` and `noise` give it, one or for each
         picture; everything that makes pictures takes it.
 
-        **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those two.
+        **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those do.
         """
         opts = Options.of(options)
+        if image is not None:
+            opts, z_image = self.varied(opts), self.encode_image(image)
+        elif z_image is not None:
+            z_image = self._raw(z_image)
         decoder, n = self.need("decoder", "pictures"), as_number("n", n, 1)
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
@@ -225,10 +234,7 @@ class UnCLIP:
         if z_image is None:
             prompts = self._prompts(() if prompt is None else prompt)
         else:
-            z_image = as_embeddings(z_image, decoder.width).repeat_interleave(n, 0)  # (B n, D)
-            if not decoder.config.scale.normalizes:
-                mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
-                check_raw(z_image, self._usual_norm, "these embeddings", mend)
+            z_image = z_image.float().repeat_interleave(n, 0)  # (B n, D)
             prompts = self._prompts("" if prompt is None else prompt)
             prompts *= len(z_image) // n if len(prompts) == 1 else 1
             if len(prompts) * n != len(z_image):
@@ -314,13 +320,25 @@ class UnCLIP:
     def _prompts(self, prompts: Any) -> list[str]:
         """Prompts, with a warning where this model's encoder does not read all of them."""
         several = as_prompts(prompts)
-        for note in unread(several, self.clip.towers.tokenizer) if self.clip is not None else ():
+        notes = unread(several, self.clip.towers.tokenizer) if self.clip is not None else iter(())
+        for note in islice(notes, NOTES):
             warnings.warn(note, UnclipWarning, stacklevel=3)
+        if more := sum(1 for _ in notes):
+            warnings.warn(f"{more} more prompts are not read whole", UnclipWarning, stacklevel=3)
         return several
 
     def text_encoding(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
+
+    def _raw(self, z_image: Any) -> Tensor:
+        """Embeddings from elsewhere, checked. **Shapes**: (B, D) → (B, D)."""
+        decoder = self.need("decoder", "pictures")
+        z = as_embeddings(z_image, decoder.width)
+        if not decoder.config.scale.normalizes:
+            mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
+            check_raw(z, self._usual_norm, "these embeddings", mend)
+        return z
 
     def _usual_norm(self) -> float | None:
         """The norm of raw embeddings, as far as the stages or the encoder know it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from unclip.cli.arguments import (
     by_stage,
 )
 from unclip.cli.shell import default_model, to_device, to_dtype
+from unclip.errors import UnclipWarning
 
 
 def evaluate(
@@ -88,7 +90,9 @@ def evaluate(
     )
     weights = source.hash
     pipe = UnCLIP.from_pretrained(source, to_device(device), to_dtype(dtype))
-    evaluation = measure(pipe, weights, request, out / "pictures")
+    with warnings.catch_warnings():  # captions of data with words that it lacks are measured
+        warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
+        evaluation = measure(pipe, weights, request, out / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", evaluation.scores)
     (out / "report.html").write_text(page(evaluation, f"{source.root} on {data}"), encoding="utf-8")

@@ -71,15 +71,16 @@ def vary(
         raise ConfigError("--invert needs a picture; embeddings have no noise of their own")
     making = Making("vary", asked, n, source=source.name, exact=invert, eta=eta)
     making.options = making.pipe.varied(making.options)
+    z_image, keys = None, [source.stem]
     if picture is None:
         z_image, keys = read_embeddings(source, making.pipe.encoder)
-    else:
-        z_image, keys = making.pipe.encode_image(picture), [source.stem]
     making.writer.expect(n * len(keys))
-    given: dict[str, Any] = {"z_image": z_image, "options": making.options}
+    given: dict[str, Any] = {"options": making.options}
     if invert and picture is not None:
-        given["x_T"] = invert_as_asked(making.pipe, picture, z_image, {"options": making.options})
-    pictures = making.pipe.iterate(n=n, seed=asked.seed, **given)
+        z_image = making.pipe.encode_image(picture)
+        given["x_T"] = invert_as_asked(making.pipe, picture, z_image, given)
+    how = {"image": picture} if z_image is None else {"z_image": z_image}
+    pictures = making.pipe.iterate(n=n, seed=asked.seed, **how, **given)
     names = [f"{Path(key).stem} variation" for key in keys for _ in range(n)]
     title = f"{source.stem} variation"
     making.save(pictures, names, columns=_columns(len(keys), n), title=title)

@@ -15,6 +15,9 @@ def plan(
     shard: Annotated[
         bool, typer.Option("--shard", help="Each holds its share (FSDP2), not a copy (DDP).")
     ] = False,
+    machines: Annotated[
+        int, typer.Option(min=1, help="That the GPUs are in; each shares out by itself.")
+    ] = 1,
     memory: Annotated[float, typer.Option(min=1, help="Of one GPU, in GB.")] = 80.0,
     tflops: Annotated[float, typer.Option(min=0.001, help="Of one GPU at its best.")] = 312.0,
     utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Share reached.")] = 0.4,
@@ -23,5 +26,5 @@ def plan(
     from unclip.training.plan import plan as count
     from unclip.training.plan import report
 
-    needs = count(config, overrides or [], gpus, shard)
+    needs = count(config, overrides or [], gpus, shard, machines)
     print(report(needs, gpus=gpus, memory=memory, tflops=tflops, utilisation=utilisation))

@@ -30,10 +30,9 @@ from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.captions import clean, hash_of
 from unclip.data.folders import fixed_part
-from unclip.data.kept import check_open_files
 from unclip.data.metadata import Metadata
 from unclip.data.sample import Dataset, Sample
-from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.errors import CheckpointError, ConfigError, DataError, check_open_files
 from unclip.files.disk import read_json
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from unclip.data.kept import THREADS, check_open_files, kept_at, made_once
+from unclip.data.kept import THREADS, kept_at, made_once
+from unclip.errors import check_open_files
 from unclip.files.disk import replacing
 from unclip.progress import progress_bar
 
@@ -46,7 +47,7 @@ def index_all(shards: Sequence[Path], read: Read, form: str) -> Index:
     The processes of a machine read the new shards by turns, each its share, and one joins them.
     Where nothing can be kept, every process has all of it in memory.
 
-    **Raises**: `DataError` when the system lets no more files be open.
+    **Raises**: `ConfigError` when the system lets no more files be open.
     """
     path = kept_at("shards", shards, form, ".all.npy")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from typing import TypeVar
 
 from filelock import FileLock
 
-from unclip.errors import DataError
 from unclip.files.disk import replacing
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -51,12 +49,6 @@ def made_once(path: Path, opened: Callable[[], T | None], make: Callable[[Path],
                 found = opened()
     assert found is not None
     return found
-
-
-def check_open_files(error: Exception) -> None:
-    """**Raises**: `DataError` if descriptors ran out, which says nothing about the file."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        raise DataError("too many open files; raise the limit, for example `ulimit -n 4096`")
 
 
 def _identity(path: Path) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from unclip.data.captions import hash_of
-from unclip.data.kept import check_open_files, kept_at, made_once
+from unclip.data.kept import kept_at, made_once
 from unclip.data.tables import arrow
-from unclip.errors import DataError
+from unclip.errors import DataError, check_open_files
 from unclip.files.disk import sync
 
 KEY_COLUMNS, CAPTION_COLUMNS = ("key", "image_path", "url"), ("caption", "text", "TEXT")

@@ -38,10 +38,10 @@ from unclip.data.captions import (
 )
 from unclip.data.damage import named
 from unclip.data.index import index_all
-from unclip.data.kept import cache_folder, check_open_files
+from unclip.data.kept import cache_folder
 from unclip.data.sample import MAX_BAD, Sample
 from unclip.data.tar import ENTRY, FORMAT, TEXTS, ShardIndex, index_shard, name_at
-from unclip.errors import DataError
+from unclip.errors import DataError, check_open_files
 from unclip.files.disk import replacing
 from unclip.images import SUFFIXES, Fit
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from unclip.data.captions import hash_of, printable
 from unclip.data.folders import is_hidden
-from unclip.data.kept import check_open_files
+from unclip.errors import check_open_files
 from unclip.images import SUFFIXES
 
 BLOCK = 512  # of a tar file

@@ -36,7 +36,8 @@ class DiffusionConfig(Config):
     """A schedule and what the network predicts on it.
 
     `weight` says what the error at each timestep counts for in training (see `loss_weights`), and
-    changes nothing else; `bias` is that of its `sigmoid`.
+    changes nothing else; `bias` is that of its `sigmoid`. In training t / steps is drawn as
+    u^(1 / `time_power`), u evenly: above 1, noise is seen more often.
     """
 
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -45,6 +46,7 @@ class DiffusionConfig(Config):
     learned_variance: bool = False
     weight: Weight = "target"
     bias: float = 2.0
+    time_power: float = Field(default=1.0, gt=0)
 
 
 class GaussianDiffusion:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from unclip.diffusion.process import DiffusionConfig
 from unclip.errors import CheckpointError, ConfigError
-from unclip.models.decoder import IMAGE_TOKENS, DecoderConfig
+from unclip.models.decoder import DecoderConfig
 from unclip.models.layers import ScaleConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig
@@ -180,7 +180,7 @@ def decoder_config(
     config = _unet(theirs, theirs.get("attention_head_dim"))
     resolution = theirs.get("sample_size")
     theirs.close(DECODER_FIXED)
-    proj.expect("clip_extra_context_tokens", IMAGE_TOKENS, default=IMAGE_TOKENS)
+    image_tokens = proj.get("clip_extra_context_tokens", 4)
     proj.expect("time_embed_dim", config.embed)
     proj.expect("cross_attention_dim", width)
     embed = proj.get("clip_embeddings_dim", 768)
@@ -192,6 +192,7 @@ def decoder_config(
             text_width=embed,
             text_embed=True,
             context_width=width,
+            image_tokens=image_tokens,
             learned_variance=out_channels == 6,
             scale=ScaleConfig.model_validate({"kind": "raw"}),
             unet=config,
@@ -327,6 +328,7 @@ def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
         ("scale.kind", config.scale.kind, "raw"),
         ("unet.mid_attention", unet.mid_attention, True),
         ("unet.patch", unet.patch, 1),
+        ("unet.head", unet.head, None),
     )
     decoder = _to_unet(unet) | {
         "sample_size": config.resolution,
@@ -338,7 +340,7 @@ def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
         "class_embed_type": "identity",
     }
     text_proj = {
-        "clip_extra_context_tokens": IMAGE_TOKENS,
+        "clip_extra_context_tokens": config.image_tokens,
         "clip_embeddings_dim": config.embed,
         "time_embed_dim": unet.embed,
         "cross_attention_dim": config.context_width,
@@ -352,6 +354,7 @@ def to_upsampler(config: UpsamplerConfig) -> Theirs:
         f"upsampler_{config.high}",
         ("residual", config.residual, False),
         ("unet.patch", config.unet.patch, 1),
+        ("unet.head", config.unet.head, None),
     )
     return _to_unet(config.unet) | {
         "sample_size": config.high,

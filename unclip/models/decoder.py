@@ -27,8 +27,6 @@ from unclip.models.layers import (
 from unclip.models.transformer import Transformer, TransformerConfig
 from unclip.models.unet import Context, UNet, UNetConfig
 
-IMAGE_TOKENS = 4
-
 
 class LayoutConfig(DraftConfig):
     """A draft of the picture, `side` pixels wide."""
@@ -39,6 +37,7 @@ class LayoutConfig(DraftConfig):
 class DecoderConfig(Config):
     """`embed`, `text_width`: widths of the CLIP embeddings and text states; no `text_width`, no
     text. `text_embed` adds the CLIP text embedding to the time embedding, as Karlo does.
+    `image_tokens`: as how many tokens the image embedding enters the context, 4 in the paper.
     `text_transformer` is trained on top of the frozen text states (the paper's text encoder).
     `layout` draws a small picture from the embedding in one go, which the U-Net sees and which
     stands for its result where there is nothing but noise (target x0 only): where things are is
@@ -50,6 +49,7 @@ class DecoderConfig(Config):
     text_embed: bool = False
     text_transformer: TransformerConfig | None = None
     context_width: int = Field(gt=0)
+    image_tokens: int = Field(4, gt=0)
     learned_variance: bool
     scale: ScaleConfig
     layout: LayoutConfig | None = None
@@ -81,7 +81,7 @@ class DecoderCache(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """A U-Net told of the image embedding twice: beside the time, and as four tokens."""
+    """A U-Net told of the image embedding twice: beside the time, and as tokens."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.null_image, std=0.02)  # near the middle of scaled embeddings
         self.time = TimeEmbedding(config.unet.channels, emb)
         self.image_to_emb = nn.Linear(config.embed, emb)
-        self.image_to_tokens = nn.Linear(config.embed, IMAGE_TOKENS * width)
+        self.image_to_tokens = nn.Linear(config.embed, config.image_tokens * width)
         self.text_to_emb = nn.Linear(config.embed, emb) if config.text_embed else None
         self.text = TextSide(config) if config.text_width is not None else None
         self.layout = None
@@ -116,13 +116,14 @@ class Decoder(nn.Module):
         emb = self.image_to_emb(z_image)  # (B, E)
         if self.text_to_emb is not None and cond.text is not None:
             emb = emb + self.text_to_emb(cond.text.embed.to(z_image.dtype))
-        # Karlo's order: the channels of the four tokens are interleaved.
-        tokens = rearrange(self.image_to_tokens(z_image), "b (k n) -> b n k", n=IMAGE_TOKENS)
+        # Karlo's order: the channels of the tokens are interleaved.
+        n = self.config.image_tokens
+        tokens = rearrange(self.image_to_tokens(z_image), "b (k n) -> b n k", n=n)
         mask = None
         if self.text is not None and cond.text is not None:
             states, mask = self.text(cond.text)  # (B, l, K), (B, l)
-            tokens = torch.cat([tokens, states], dim=1)  # (B, 4 + l, K)
-            mask = F.pad(mask, (IMAGE_TOKENS, 0), value=True)
+            tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
+            mask = F.pad(mask, (n, 0), value=True)
         context, layout = self.unet.context_kv(tokens, mask), self._layout(z_image)
         return replace(cond, cache=DecoderCache(emb, context, layout))
 

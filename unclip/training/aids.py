@@ -19,7 +19,7 @@ from unclip.clip.towers import OpenClipTowers
 from unclip.config import Config
 from unclip.images import resize
 from unclip.models.layers import Draft, DraftConfig
-from unclip.training.teacher import TeacherConfig
+from unclip.training.teacher import TaughtConfig
 
 
 class RestoreConfig(Config):
@@ -56,7 +56,7 @@ class AidedCLIP(nn.Module):
         self,
         towers: OpenClipTowers,
         restore: RestoreConfig | None,
-        teacher: TeacherConfig | None,
+        teacher: TaughtConfig | None,
         teacher_width: int,
     ) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class AidedCLIP(nn.Module):
         restored (B, 3, s, s); with a teacher sentence, phrase, phrase_text (B, D).
         """
         z_image = F.normalize(self.towers.encode_image(images).float(), dim=-1)  # (B, D)
-        out = {"image": z_image, "text": self._text(ids, mask)}
+        out = {"image": z_image, "text": embed_text(self.towers, ids, mask)}
         out["scale"] = self.towers.model.logit_scale.exp()  # type: ignore[operator]
         if self.head is not None:
             out["restored"] = self.draw(z_image if lesson.noise is None else z_image + lesson.noise)
@@ -88,7 +88,7 @@ class AidedCLIP(nn.Module):
             assert lesson.phrase_ids is not None and lesson.phrase_mask is not None
             out["sentence"] = F.normalize(self.map(lesson.sentences).float(), dim=-1)  # (B, D)
             out["phrase"] = F.normalize(self.map(lesson.phrases).float(), dim=-1)  # (B, D)
-            out["phrase_text"] = self._text(lesson.phrase_ids, lesson.phrase_mask)
+            out["phrase_text"] = embed_text(self.towers, lesson.phrase_ids, lesson.phrase_mask)
         return out
 
     def draw(self, z_image: Tensor) -> Tensor:
@@ -124,11 +124,13 @@ class AidedCLIP(nn.Module):
             loss = loss + self.teacher.text_weight / 2 * off
         return {**found, "loss": loss}
 
-    def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        length = mask.shape[1]
-        if ids.is_cpu:  # attention is causal: what comes after the text has no part in the result
-            length = int(mask.sum(1).max())
-        # Going backward in bf16, a CPU's fused attention over few keys takes four times as long.
-        with sdpa_kernel(SDPBackend.MATH) if ids.is_cpu else nullcontext():
-            _, z = self.towers.encode_text(ids[:, :length], mask[:, :length])
-        return F.normalize(z.float(), dim=-1)
+
+def embed_text(towers: OpenClipTowers, ids: Tensor, mask: Tensor) -> Tensor:
+    """Unit-norm embeddings of texts. **Shapes**: (B, L), (B, L) → (B, D) float32."""
+    length = mask.shape[1]
+    if ids.is_cpu:  # attention is causal: what comes after the text has no part in the result
+        length = int(mask.sum(1).max())
+    # Going backward in bf16, a CPU's fused attention over few keys takes four times as long.
+    with sdpa_kernel(SDPBackend.MATH) if ids.is_cpu else nullcontext():
+        _, z = towers.encode_text(ids[:, :length], mask[:, :length])
+    return F.normalize(z.float(), dim=-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,10 @@ from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
+from unclip.training.augment import place
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import load_weights
-from unclip.training.teacher import Teacher, TeacherConfig
+from unclip.training.teacher import TaughtConfig, Teacher
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
 # larger dataset; for a teacher to have read, a few more.
@@ -62,7 +63,7 @@ class ClipRun(Config):
     """Token embeddings for CLIP's whole vocabulary, or only for what the captions use."""
     augment: AugmentConfig
     restore: RestoreConfig | None = None
-    teacher: TeacherConfig | None = None
+    teacher: TaughtConfig | None = None
     train: TrainConfig
 
 
@@ -82,14 +83,14 @@ class ClipTask:
         context, vocabulary = config.model.text_cfg.context_length, None
         self.teacher: Teacher | None = None
         if config.teacher is not None:
-            captions = _captions(train, TAUGHT_DRAWS)
+            captions = captions_of(train, TAUGHT_DRAWS)
             here = torch.device("cpu")  # the teacher stays there
             half = resolve_precision(config.train.precision, here) == "bf16"
             dtype = torch.bfloat16 if half else torch.float32
             self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
         if config.vocabulary == "data":
             phrases = self.teacher.phrases if self.teacher is not None else []
-            vocabulary = vocabulary_of([*_captions(train), *phrases], context)
+            vocabulary = vocabulary_of([*captions_of(train), *phrases], context)
         self.tokenizer = BpeTokenizer(context, vocabulary)
         rows = int(self.tokenizer.rows.max()) + 1
         text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
@@ -108,7 +109,7 @@ class ClipTask:
         """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
         self.step = step + 1
         seed, augment = self.config.train.seed, self.config.augment
-        images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
+        images = place(batch.images, batch.ids, seed, augment.shift, augment.scale)  # (B, 3, R, R)
         ids, mask = self.tokenizer(batch.captions)  # (B, L)
         ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
         ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
@@ -139,27 +140,10 @@ class ClipTask:
         if self.val is None:
             return None
         clip = self._frozen(copy.deepcopy(self.product))
-        chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
-        samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
-        z_image = torch.cat(
-            [clip.encode_image(torch.stack(part)) for part in _chunks([s.image for s in samples])]
-        )  # (N, D)
-        z_text = torch.cat(
-            [clip.encode_text(part).embed for part in _chunks([s.caption for s in samples])]
-        )  # (N, D)
-        rank = retrieval_rank(z_image, z_text)
-        scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+        out = Path(self.config.train.out)
         if isinstance(self.model, AidedCLIP) and self.model.head is not None:
-            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
-            scores["restored"] = round(self.model.error(z_image, x).mean().item(), 4)
-        line = json.dumps({"step": self.step, **scores, "n": len(rank)})
-        if PartialState().is_main_process:
-            print(f"retrieval of validation captions: {line}", flush=True)
-            with (Path(self.config.train.out) / "val.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
-        grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
-        return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
+            return show_retrieval(clip, self.val, self.step, out, self.model.error)
+        return show_retrieval(clip, self.val, self.step, out)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
@@ -178,46 +162,62 @@ class ClipTask:
         return FrozenCLIP(towers, preprocess, self.config.name)
 
 
-def place(images: Tensor, ids: Tensor, seed: int, augment: AugmentConfig) -> Tensor:
-    """Shift and scale each picture at random on white. **Shapes**: (B, 3, R, R) → same."""
-    if augment.shift == 0 and augment.scale == 0:
-        return images
-    draws = torch.stack([torch.rand(3, generator=_generator(seed, i)) for i in ids])  # (B, 3)
-    unit = 2 * draws - 1  # (B, 3) in [-1, 1]
-    theta = torch.zeros(len(ids), 2, 3)
-    zoom = 1 / (1 + augment.scale * unit[:, 0])
-    theta[:, 0, 0] = theta[:, 1, 1] = zoom
-    theta[:, :, 2] = 2 * augment.shift * unit[:, 1:]  # a picture spans [-1, 1]
-    theta = theta.to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # Outside a picture grid_sample reads 0: shift white there and back.
-    return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
+@torch.no_grad()
+def show_retrieval(
+    clip: FrozenCLIP,
+    val: Dataset,
+    step: int,
+    out: Path,
+    restored: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Image.Image:
+    """Similarity of validation pictures (rows) and captions; scores go to val.jsonl in `out`.
+
+    **Shapes**: `restored` gives the error (N,) of embeddings (N, D) for pictures (N, 3, R, R).
+    """
+    chosen = range(0, len(val), -(-len(val) // MOST_SHOWN))
+    samples = [fixed(val, i, randomness.generator(0, "val", i)) for i in chosen]
+    z_image = torch.cat(
+        [clip.encode_image(torch.stack(part)) for part in chunks([s.image for s in samples])]
+    )  # (N, D)
+    z_text = torch.cat(
+        [clip.encode_text(part).embed for part in chunks([s.caption for s in samples])]
+    )  # (N, D)
+    rank = retrieval_rank(z_image, z_text)
+    scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+    if restored is not None:
+        x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+        scores["restored"] = round(restored(z_image, x).mean().item(), 4)
+    line = json.dumps({"step": step, **scores, "n": len(rank)})
+    if PartialState().is_main_process:
+        print(f"retrieval of validation captions: {line}", flush=True)
+        with (out / "val.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
+    grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
+    return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
 
 def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: float) -> Tensor:
     """Read a share of the tokens between start and end as unknown (row 0). **Shapes**: (B, L)."""
     if share == 0:
         return ids
-    draws = torch.stack(
-        [torch.rand(ids.shape[1], generator=_generator(seed, i, "words")) for i in sample_ids]
-    )  # (B, L)
+    generators = [randomness.generator(seed, "words", int(i)) for i in sample_ids]
+    draws = torch.stack([torch.rand(ids.shape[1], generator=g) for g in generators])  # (B, L)
     position = torch.arange(ids.shape[1])
     inside = (position > 0) & (position < mask.sum(1, keepdim=True) - 1)
     return ids.masked_fill((draws < share) & inside, 0)
 
 
-def _generator(seed: int, sample_id: Any, purpose: str = "augment") -> torch.Generator:
-    return randomness.generator(seed, purpose, int(sample_id))
-
-
-def _captions(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
+def captions_of(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
+    """Some wordings of every picture, or of as many as `MANY`."""
     stride = -(-len(dataset) // MANY)
     for index in range(0, len(dataset), stride):
         for draw in range(draws if stride == 1 else 1):
             yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
 
 
-def _chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+def chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+    """At most `size` items at a time."""
     for first in range(0, len(items), size):
         yield items[first : first + size]
 

@@ -28,6 +28,7 @@ from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.stages.stage import Stage
+from unclip.training.augment import PlaceConfig, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.task import (
@@ -51,7 +52,8 @@ class DecoderRun(Config):
 
     `embeddings` is a cache that has those of the training pictures by key (`train/embed.py`), which
     else the encoder makes at every step. `jitter` moves the image embeddings off the data (see
-    `jittered`), each by another share of it.
+    `jittered`), each by another share of it. `augment` moves pictures before the encoder sees them,
+    in training only: the embedding says what was done, so that nothing of it comes back unasked.
     """
 
     clip: Place
@@ -62,6 +64,7 @@ class DecoderRun(Config):
     sampling: SamplingConfig
     drop: DropConfig
     jitter: float = Field(0.0, ge=0)
+    augment: PlaceConfig = PlaceConfig()
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -70,6 +73,8 @@ class DecoderRun(Config):
             raise ValueError("model.learned_variance and diffusion.learned_variance must agree")
         if self.model.layout is not None and self.diffusion.target != "x0":
             raise ValueError("model.layout needs diffusion.target = x0")
+        if self.embeddings is not None and self.augment != PlaceConfig():
+            raise ValueError("augment moves pictures away from their embeddings in the cache")
         return self
 
 
@@ -88,16 +93,21 @@ class DecoderTask:
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
-        ids = batch.ids
-        cond = self._jittered(self._cond(batch.images, batch.text, batch.z_image), ids)
+        ids, images = batch.ids, self.moved(batch.images, batch.ids)
+        cond = self._jittered(self._cond(images, batch.text, batch.z_image), ids)
         cond = cond.drop(
             self.clip.null_text,
-            drop_image=drop(self.run, "image", ids, batch.images),
-            drop_text=drop(self.run, "text", ids, batch.images),
+            drop_image=drop(self.run, "image", ids, images),
+            drop_text=drop(self.run, "text", ids, images),
         )
-        x0 = resize(batch.images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
+        x0 = resize(images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         t, noise = draw(self.run, ids, x0, batch.noise)
         return self.stage.diffusion.loss(model, x0, cond, t, noise)
+
+    def moved(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Pictures as `augment` has them by sample. **Shapes**: (B, 3, H, W) → same."""
+        how = self.run.augment
+        return place(images, ids, self.run.train.seed, how.shift, how.scale, how.flip)
 
     def preview(self, model: Any) -> Image.Image | None:
         """Top row: validation pictures; below: what the decoder makes of their embeddings."""
@@ -152,7 +162,9 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
         fit_scale(task.stage.network.scale, clip, dataset)
         if run.model.layout is not None:
             seed, jitter = run.train.seed, run.jitter
-            fit_layout(task.stage.network, clip, dataset, seed, jitter, accelerator.autocast)
+            network, autocast = task.stage.network, accelerator.autocast
+            moved = task.moved if run.augment != PlaceConfig() else None
+            fit_layout(network, clip, dataset, seed, jitter, autocast, moved)
 
     tokenizer = clip.towers.tokenizer if task.stage.reads_text else None
     made = Prepared(run.train.seed, task.stage.shape, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ DRAFT_FLOOR = 0.1  # directions in which captions differ less than this are not 
 BATCH, LR = 256, 2e-3
 
 Autocast = Callable[[], AbstractContextManager[None]]
+Moved = Callable[[Tensor, Tensor], Tensor]  # pictures by their samples' numbers
 
 
 def fit_scale(scale: EmbeddingScale, clip: FrozenCLIP, dataset: Dataset) -> None:
@@ -52,18 +54,20 @@ def fit_layout(
     seed: int,
     jitter: float = 0.0,
     autocast: Autocast = nullcontext,
+    moved: Moved | None = None,
 ) -> None:
     """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
 
     It sees two hundred times as many pictures a second as through the U-Net, which goes on from
-    here. **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
+    here. `moved` is what training does to pictures with these numbers before they are encoded.
+    **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
     """
     layout, config = decoder.layout, decoder.config.layout
     assert layout is not None and config is not None
     device = layout.out.weight.device
     parts = [
         (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
-        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT)
+        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT, moved)
     ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
@@ -157,11 +161,16 @@ def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> 
     return scale.inverse(scale(z) + sigma[:, None] * noise)
 
 
-def _embedded(clip: FrozenCLIP, dataset: Dataset, count: int) -> Iterator[tuple[Tensor, Batch]]:
+def _embedded(
+    clip: FrozenCLIP, dataset: Dataset, count: int, moved: Moved | None = None
+) -> Iterator[tuple[Tensor, Batch]]:
     """At most about `count` samples with their embeddings, evenly over the dataset."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     for start in range(0, len(chosen), 64):
-        batch = Batch.of([fixed(dataset, i) for i in chosen[start : start + 64]])
+        numbers = chosen[start : start + 64]
+        batch = Batch.of([fixed(dataset, i) for i in numbers])
+        if moved is not None:
+            batch = replace(batch, pixels=moved(batch.images, torch.tensor(numbers)), z_image=None)
         yield embeddings_of(clip, batch), batch
 
 

@@ -131,9 +131,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if any(isinstance(p, DTensor) for p in params):
         raise ConfigError(f"train.optimizer = {config.optimizer} can't be shared out; use adamw")
     if config.optimizer == "muon":
-        matrices, rest = (
-            [p for p in params if (p.ndim >= 2) == wanted] for wanted in (True, False)
-        )
+        matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
         return MuonAdamW(matrices, rest, config.lr, config.betas, config.eps, config.weight_decay)
     # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

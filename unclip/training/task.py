@@ -41,6 +41,7 @@ FREE = {
     "schedule",
     "weight",
     "bias",
+    "time_power",
 }
 
 
@@ -140,7 +141,12 @@ class Prepared:
 def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Timestep (B,) and noise (B, *) of each sample, by its global id, or with noise at hand."""
     seed = run.train.seed
-    t = randomness.integers(seed, "t", ids, run.diffusion.steps)
+    steps, power = run.diffusion.steps, run.diffusion.time_power
+    if power == 1:
+        t = randomness.integers(seed, "t", ids, steps)
+    else:
+        u = randomness.uniform(seed, "t", ids).double() ** (1 / power)
+        t = (u * steps).long().clamp(max=steps - 1)
     if noise is None:
         noise = randomness.normal(seed, "noise", ids, x0.shape[1:])
     t, noise = (part.to(x0.device, non_blocking=True) for part in (t, noise))

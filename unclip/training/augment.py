@@ -1,0 +1,44 @@
+"""Pictures moved at random, each by its sample's number: more pictures than there are."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from unclip import randomness
+from unclip.config import Config
+
+
+class PlaceConfig(Config):
+    """How pictures are moved: mirrored, shifted and scaled, on white.
+
+    `flip` is the share that is mirrored; `shift` the largest move in each direction, as a share of
+    the side; `scale` the largest change of size, by factors from 1 - scale to 1 + scale.
+    """
+
+    flip: float = Field(default=0.0, ge=0, le=1)
+    shift: float = Field(default=0.0, ge=0, lt=1)
+    scale: float = Field(default=0.0, ge=0, lt=1)
+
+
+def place(
+    images: Tensor, ids: Tensor, seed: int, shift: float, scale: float, flip: float = 0.0
+) -> Tensor:
+    """Move each picture at random on white; see `PlaceConfig`. **Shapes**: (B, 3, R, R) → same."""
+    if flip > 0:
+        mirrored = (randomness.uniform(seed, "flip", ids) < flip).to(images.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    if shift == 0 and scale == 0:
+        return images
+    generators = [randomness.generator(seed, "augment", int(i)) for i in ids]
+    unit = 2 * torch.stack([torch.rand(3, generator=g) for g in generators]) - 1  # (B, 3)
+    theta = torch.zeros(len(ids), 2, 3)
+    zoom = 1 / (1 + scale * unit[:, 0])
+    theta[:, 0, 0] = theta[:, 1, 1] = zoom
+    theta[:, :, 2] = 2 * shift * unit[:, 1:]  # a picture spans [-1, 1]
+    theta = theta.to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # Outside a picture grid_sample reads 0: shift white there and back.
+    return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
