@@ -15,19 +15,21 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
+from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import ConfigError
-from unclip.images import to_pil
+from unclip.images import pad_to_square, resize, to_pil, to_tensor
+from unclip.inputs import as_embeddings
 from unclip.options import Options
 from unclip.stages.decoder import levels
 from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import Draw, Stage, together
-from unclip.stages.upsampler import enlarged
+from unclip.stages.upsampler import enlarged, way_up
 
 
 @dataclass(frozen=True)
@@ -228,3 +230,31 @@ def drawer(
             )
 
     return draw
+
+
+def upscaled(
+    upsamplers: Sequence[Stage],
+    picture: Image,
+    size: int | None,
+    seed: int,
+    draw: Draw,
+    device: torch.device,
+) -> Image:
+    """A picture, padded to a square, after those upsamplers that lead from its size to `size`."""
+    square = pad_to_square(picture)
+    low, chosen = way_up(upsamplers, square.width, size)
+    x = resize(to_tensor(square)[None].to(device), low)  # (1, 3, low, low)
+    generators = [torch.Generator().manual_seed(seed)]
+    return to_pil(next(enlarged(chosen, x, generators, draw)))
+
+
+def raw_embeddings(given: Any, decoder: Stage, norm: Callable[[], float | None]) -> Tensor:
+    """Embeddings from elsewhere, checked to be such as this decoder takes.
+
+    `norm` gives the usual one. **Shapes**: (B, D) → (B, D).
+    """
+    z = as_embeddings(given, decoder.width)
+    if not decoder.config.scale.normalizes:
+        mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
+        check_raw(z, norm, "these embeddings", mend)
+    return z

@@ -19,24 +19,23 @@ from PIL import Image
 from torch import Tensor
 
 from unclip import edit
-from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.clip.towers import unread
 from unclip.conditioning import TextEncoding
 from unclip.diffusion.sampling import SamplingConfig
-from unclip.drawing import Drawing, Start, drawer
+from unclip.drawing import Drawing, Start, drawer, raw_embeddings, upscaled
 from unclip.errors import CheckpointError, ConfigError, UnclipWarning
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
-from unclip.images import pad_to_square, resize, to_pil, to_tensor
-from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
+from unclip.images import pad_to_square
+from unclip.inputs import Picture, as_number, as_pictures, as_prompts, as_seeds
 from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.sources import Source
 from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
-from unclip.stages.upsampler import enlarged, route, way_up
+from unclip.stages.upsampler import route
 
 NOTES = 4  # prompts of a call that warnings name
 
@@ -215,8 +214,7 @@ class UnCLIP:
         Memory does not grow with their number: as many as the decoder takes together go through the
         stages before the next do. Everything is checked before the first is asked for.
 
-        `x_T` is what the decoder starts from, as `invert` and `noise` give it, one or for each
-        picture; everything that makes pictures takes it.
+        `x_T` is what the decoder starts from, as `invert` and `noise` give it, one for all or each.
 
         **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those do.
         """
@@ -224,7 +222,7 @@ class UnCLIP:
         if image is not None:
             opts, z_image = self.varied(opts), self.encode_image(image)
         elif z_image is not None:
-            z_image = self._raw(z_image)
+            z_image = raw_embeddings(z_image, self.need("decoder", "pictures"), self._usual_norm)
         decoder, n = self.need("decoder", "pictures"), as_number("n", n, 1)
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
@@ -292,11 +290,8 @@ class UnCLIP:
         draw, pictures = self._drawing(opts), as_pictures(image)
         if len(pictures) != 1:
             raise ConfigError(f"{len(pictures)} pictures to upscale; give one at a time")
-        square = pad_to_square(pictures[0])
-        low, chosen = way_up(self.upsamplers, square.width, opts.size)
-        x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
-        generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
-        return to_pil(next(enlarged(chosen, x, generators, draw)))
+        own = as_seeds(seed, 1)[0]
+        return upscaled(self.upsamplers, pictures[0], opts.size, own, draw, self.device)
 
     def _drawing(self, opts: Options) -> Draw:
         """How each stage draws under these options, its weights on the device while it does.
@@ -304,10 +299,6 @@ class UnCLIP:
         **Raises**: `ConfigError` for options that a stage can't follow.
         """
         return drawer(opts, self.stages, self.clip, self.device, self.dtype)
-
-    def empty_text(self, rows: int) -> TextEncoding | None:
-        """What those decoders are told that have a picture's embedding and no caption."""
-        return None if self.clip is None else self.text_encoding([""] * rows)
 
     def _prior(self, opts: Options) -> tuple[str, Stage | None]:
         """How text becomes an embedding, and the stage for that."""
@@ -330,15 +321,6 @@ class UnCLIP:
     def text_encoding(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
-
-    def _raw(self, z_image: Any) -> Tensor:
-        """Embeddings from elsewhere, checked. **Shapes**: (B, D) → (B, D)."""
-        decoder = self.need("decoder", "pictures")
-        z = as_embeddings(z_image, decoder.width)
-        if not decoder.config.scale.normalizes:
-            mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
-            check_raw(z, self._usual_norm, "these embeddings", mend)
-        return z
 
     def _usual_norm(self) -> float | None:
         """The norm of raw embeddings, as far as the stages or the encoder know it."""
