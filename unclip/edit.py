@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from unclip.clip import sphere
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.inpainting import Kept, mask_at
 from unclip.diffusion.sampling import SamplingConfig, starting_noise
@@ -37,6 +38,7 @@ STEPS = 50  # of an inversion and of the way back, unless asked for others
 class Pipe(Protocol):
     """What is asked of the pipeline here; `UnCLIP` says what each does."""
 
+    clip: FrozenCLIP | None
     device: torch.device
     dtype: torch.dtype
 
@@ -49,7 +51,7 @@ class Pipe(Protocol):
 
     def encode_text(self, prompts: Any) -> Tensor: ...
 
-    def empty_text(self, rows: int) -> TextEncoding | None: ...
+    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding: ...
 
     def text_to_embedding(
         self, prompt: Any, n: int = 1, seed: int | None = 0, **options: Any
@@ -96,7 +98,8 @@ def invert(
     if len(z) != len(pictures):
         raise ConfigError(f"{len(z)} embeddings for {len(pictures)} pictures")
     x = torch.stack([to_tensor(fit_square(p, decoder.side)) for p in pictures]).to(pipe.device)
-    cond = Cond(image_embed=z.to(pipe.device), text=pipe.empty_text(len(x)))  # as when redrawn
+    text = None if pipe.clip is None else pipe.text_encoding([""] * len(x))  # as when redrawn
+    cond = Cond(image_embed=z.to(pipe.device), text=text)
     total = steps * math.ceil(len(x) / together(decoder.shape, pipe.device))
     with resident([decoder.network], pipe.device), steps_of("inversion", total, progress) as done:
         return decoders.noise_of(decoder, x, cond, steps, pipe.dtype, done)

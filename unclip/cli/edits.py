@@ -1,5 +1,5 @@
 """The verbs that work on pictures as pairs (z_image, x_T): reconstruct, interpolate, edit, mix,
-inpaint."""
+inpaint, redraw."""
 
 from __future__ import annotations
 
