@@ -29,6 +29,7 @@ from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.training.ar_prior import ArPriorRun
 from unclip.training.augment import place
 from unclip.training.clip import ClipRun
+from unclip.training.clip_text import ClipTextRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
@@ -38,6 +39,7 @@ from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {
     "clip": ClipRun,
+    "clip_text": ClipTextRun,
     "judge": ClipRun,
     "prior": PriorRun,
     "ar": ArPriorRun,
@@ -64,7 +66,7 @@ TINY = {
 
 
 def schema(path):
-    return SCHEMAS[path.stem.split("_")[0]]
+    return SCHEMAS.get(path.stem) or SCHEMAS[path.stem.split("_")[0]]
 
 
 def tiny(stage, clip, *more):
