@@ -72,17 +72,22 @@ def train_there(what: str, clip: str, out: str, precision: str) -> None:
     import pretended_device as pretended
 
     device = pretended.enable()
-    steps: list[dict[str, int]] = []
-    plain = fit._Trainer._backward
+    waits: dict[str, list[dict[str, int]]] = {"_backward": [], "_update": []}
 
-    def backward(trainer: Any, stream: Any) -> Any:
-        before = pretended.waits.copy()
-        result = plain(trainer, stream)
-        steps.append(dict(pretended.waits - before))
-        return result
+    def watched(name: str) -> Callable[..., Any]:
+        plain = getattr(fit._Trainer, name)
 
-    fit._Trainer._backward = backward  # type: ignore[method-assign]
-    end({"losses": train(what, clip, Path(out), precision, device), "waits": steps})
+        def call(*arguments: Any) -> Any:
+            before = pretended.waits.copy()
+            result = plain(*arguments)
+            waits[name].append(dict(pretended.waits - before))
+            return result
+
+        return call
+
+    for name in waits:
+        setattr(fit._Trainer, name, watched(name))
+    end({"losses": train(what, clip, Path(out), precision, device), **waits})
 
 
 def sample_there(model: str, out: str) -> None:
@@ -158,7 +163,8 @@ def test_training_is_that_of_the_cpu_and_waits_for_nothing(
     here = train(what, str(model_folder), tmp_path / "here", precision, torch.device("cpu"))
     exact = 1e-4 if precision == "fp32" else 0.02  # half precision reaches further on accelerators
     assert_close(there["losses"], here, rtol=exact, atol=exact / 10)
-    assert there["waits"] == [{}, {}]
+    assert there["_backward"] == [{}, {}]
+    assert there["_update"] == [{"read fit.py:_update": 1}] * 2  # whether the step is finite
 
 
 def test_pictures_are_those_of_the_cpu(model_folder: Path, tmp_path: Path) -> None:

@@ -258,7 +258,15 @@ def test_half_precision_is_the_same_encoder(tmp_path: Path) -> None:
     half = FrozenCLIP.load(str(tmp_path), dtype=torch.float16)
     assert half.encode_text(["a"]).embed.dtype == half.encode_image(pictures()).dtype == half.dtype
     assert half.dtype == torch.float16
-    check_same_encoder(clip.fingerprint, half.fingerprint, "test")
+    assert half.fingerprint == clip.fingerprint  # taken before
+
+
+def test_an_encoder_keeps_its_precision_where_a_network_around_it_has_another() -> None:
+    clip, texts = small_clip(), ["a red apple"]
+    outside = clip.encode_image(pictures()), *clip.encode_text(texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = clip.encode_image(pictures()), *clip.encode_text(texts)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
 def test_another_encoder_is_refused_with_both_names() -> None:

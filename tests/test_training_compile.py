@@ -41,7 +41,9 @@ def task(stage: str, clip: Path) -> Any:
 
 
 def step(task: Any, wrapped: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = task.loss(wrapped, first_batch(task.run), 0)["loss"]
+    batch = first_batch(task.run)
+    batch = task.made(batch) if task.name == "upsampler_64" else batch
+    loss = task.loss(wrapped, batch, 0)["loss"]
     loss.mean().backward()
     grads = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}
     return loss.detach(), grads

@@ -19,8 +19,9 @@ from processes import free_port, together
 from tiny_task import TinyConfig
 from torch.testing import assert_close
 
-from unclip.config import load_config
-from unclip.training.fit import learning_rate
+from unclip.config import load_config, save_config
+from unclip.training.fit import fit, learning_rate
+from unclip.training.launch import start_accelerator
 
 TESTS = Path(__file__).parent
 ACCELERATE = TESTS.parent / "configs" / "accelerate"
@@ -51,6 +52,23 @@ def assert_same_lines(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> N
     for a, b in zip(one, two, strict=True):
         for name in {"loss", "absolute", "odd", "grad_norm"} & {*a}:
             assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def begin_two(path: str) -> None:
+    """Train with a beginning that only the first process makes."""
+    settings = load_config(path, [], TinyConfig)
+    accelerator = start_accelerator("fp32")
+    task = tiny_task.TinyTask(settings)
+
+    def begin() -> None:
+        print(f"begun by {accelerator.process_index} on {next(task.model.parameters()).device}")
+        torch.nn.init.constant_(task.model.lift.weight, 0.5)  # type: ignore[union-attr, arg-type]
+
+    def batches(step: int) -> Any:
+        return tiny_task.stream(settings, step, accelerator.process_index, 2)
+
+    fit(task, batches, settings.train, settings, accelerator, begin)
+    print(f"ends with {task.model.lift.weight.mean():.4f}")  # type: ignore[union-attr, operator]
 
 
 def start_two(*arguments: str) -> str:
@@ -256,3 +274,32 @@ def test_a_broken_tensorboard_costs_a_warning(
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     start(write(tmp_path), "bad_from=99")
     assert "Descriptors" in capsys.readouterr().err and len(lines(tmp_path / "run")) == 8
+
+
+def test_a_deterministic_run_sets_what_gpus_need_and_is_the_same_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    path = write(tmp_path)
+    start(path, f"train.out={tmp_path / 'a'}")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        start(path, f"train.out={tmp_path / 'b'}", "train.deterministic=true")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (lines(tmp_path / name) for name in "ab")
+    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
+    assert torch.get_float32_matmul_precision() == "highest"  # a CPU keeps its bits
+
+
+def test_a_run_is_begun_once_and_all_processes_go_on_from_there(tmp_path: Path) -> None:
+    """Each fitted its own draft, on the CPU, and all but the first one's were thrown away."""
+    settings = load_config(write(tmp_path), ["train.steps=1", "train.lr=1e-12"], TinyConfig)
+    path = tmp_path / "once.yaml"
+    save_config(settings, path)
+    printed = together(begin_two, str(path))
+    assert printed.count("begun by 0 on cpu") == 1 and "begun by 1" not in printed
+    assert printed.count("ends with 0.5000") == 2

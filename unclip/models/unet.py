@@ -6,7 +6,7 @@ K context width, h heads, c channels a head.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -224,9 +224,12 @@ class UNet(nn.Module):
 
     def context_kv(self, tokens: Tensor, mask: Tensor | None) -> Context:
         """What stays the same over sampling steps. **Shapes**: tokens (B, M, K); mask (B, M)."""
+        return Context([block.attention.encode(tokens) for block in self._attending()], mask)
+
+    def _attending(self) -> list[Any]:
+        """The blocks that attend, in the order of `Context.kv`."""
         blocks = [*self.down, *self.mid, *self.up]
-        kv = [block.attention.encode(tokens) for block in blocks if block.attention is not None]
-        return Context(kv, mask)
+        return [block for block in blocks if block.attention is not None]
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         """**Shapes**: x (B, in, H, W) with sides that `stride` divides; emb (B, E).
@@ -236,11 +239,13 @@ class UNet(nn.Module):
         if x.shape[2] % self.config.stride or x.shape[3] % self.config.stride:
             size = f"{x.shape[3]}x{x.shape[2]}"
             raise ValueError(f"image is {size}; sides must be multiples of {self.config.stride}")
-        kv = iter(context.kv if context is not None else [])
-        mask = context.mask if context is not None else None
+        told: dict[nn.Module, tuple[Tensor | None, ...]] = {}
+        if context is not None:
+            pairs = zip(self._attending(), context.kv, strict=True)
+            told = {block: (*kv, context.mask) for block, kv in pairs}
 
         def step(block: nn.Module, x: Tensor) -> Tensor:
-            extra = (*next(kv), mask) if block.attention is not None else ()
+            extra = told.get(block, ())
             return run(block, x, emb, *extra, checkpointing=self.config.checkpointing)
 
         emb = F.silu(emb)  # the same in every block

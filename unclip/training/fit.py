@@ -194,9 +194,7 @@ def fit(
         if config.precision == "auto":
             log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
-            machines, each = sharding.grid(accelerator.num_processes)
-            copies = f" of each of {machines} machines" if machines > 1 else ""
-            log.say(f"weights are shared out over {each} processes{copies}")
+            log.say(sharding.told(accelerator.num_processes))
         trainer = _Trainer(task, wrapped, config, state, log, accelerator)
         try:
             with stop_signal() as stopped:
@@ -283,7 +281,7 @@ class _Trainer:
         spread = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         norm = sharding.whole(spread)
         finite = loss.isfinite() & norm.isfinite()
-        flags = torch.stack([~finite, torch.tensor(stop, device=finite.device)]).int()
+        flags = torch.stack([~finite, torch.full_like(finite, stop)]).int()
         if self.accelerator.num_processes > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         skipped, stop = (bool(flag) for flag in flags.tolist())

@@ -72,6 +72,13 @@ def grid(world: int) -> tuple[int, int]:
     return world // each, each
 
 
+def told(world: int) -> str:
+    """What a run says of it."""
+    machines, each = grid(world)
+    copies = f" of each of {machines} machines" if machines > 1 else ""
+    return f"weights are shared out over {each} processes{copies}"
+
+
 def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Spread a model over the processes of a machine, with rank 0's values; each of its blocks is
     whole only while it runs. In bf16, blocks are put together in half the bytes; gradients are
