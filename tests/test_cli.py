@@ -26,10 +26,12 @@ from unclip.cli.arguments import expanded
 from unclip.cli.output import slug
 from unclip.cli.shell import default_model
 from unclip.files.disk import write_new
-from unclip.images import to_tensor
+from unclip.images import fit_square, to_tensor
 from unclip.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
+EDITS = ("reconstruct", "interpolate", "edit", "mix", "inpaint", "redraw")
+DRAWING = ("text", "vary", "embed", "upscale", *EDITS)  # verbs that need a model
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def run(capsys, model_folder):
 
     def run(*args, model=model_folder):
         args = [str(arg) for arg in args]
-        if args and args[0] in ("text", "vary", "embed", "upscale") and model is not None:
+        if args and args[0] in DRAWING and model is not None:
             args = [*args, "--model", str(model)]
             args += [] if "--device" in args else ["--device", "cpu"]
         with pytest.raises(SystemExit) as exit:
@@ -56,9 +58,11 @@ def apple(tmp_path):
     return path
 
 
-def same(a: Path, b: Path) -> None:
+def same(a: Path | Image.Image, b: Path) -> None:
     torch.testing.assert_close(
-        to_tensor(Image.open(a)), to_tensor(Image.open(b)), rtol=0, atol=2.1 / 255
+        *(to_tensor(x if isinstance(x, Image.Image) else Image.open(x)) for x in (a, b)),
+        rtol=0,
+        atol=2.1 / 255,
     )
 
 
@@ -178,6 +182,68 @@ def test_upscale_writes_a_larger_picture(run, tmp_path, apple):
     assert Path(out.strip()).name == "apple-64px-0.png"
 
 
+def test_edits_write_what_the_pipeline_gives(run, tmp_path, apple, pipe):
+    out, picture = tmp_path / "o", Image.open(apple)
+    how, small = ["--steps", 5, "--size", 16, "--out", out], {"steps": 5, "size": 16}
+    code, said, _ = run("reconstruct", apple, *how)
+    assert code == 0 and "PSNR" in said
+    first = Path(said.splitlines()[0])
+    same(pipe.reconstruct(picture, **small), first)
+    sampling = json.loads(Image.open(first).text["settings"])["sampling"]["decoder"]
+    assert (sampling["guidance"], sampling["clip"], sampling["steps"]) == (1, None, 5)
+    captions = ["--from", "a red apple", "--to", "a blue square"]
+    code, said, _ = run("edit", apple, *captions, "--strength", "0,0.3", *how)
+    assert code == 0 and said.count("-0.png") == 2
+    edited = pipe.text_diff(picture, "a blue square", "a red apple", 0.3, **small)[0]
+    same(edited, Path(said.splitlines()[1]))
+    code, said, _ = run("mix", "--image", f"{apple}:0.7", "--text", "a red apple:0.3", *how)
+    assert code == 0
+    same(pipe.mix([picture, "a red apple"], [0.7, 0.3], **small)[0], Path(said.strip()))
+    code, said, _ = run("redraw", apple, "a blue square", "--strength", 0.5, *how)
+    assert code == 0
+    same(pipe.inpaint(picture, None, "a blue square", 0.5, **small)[0], Path(said.strip()))
+    code, said, _ = run("vary", apple, "--invert", "--eta", 0, *how)
+    assert code == 0
+    same(pipe.reconstruct(picture, **small), Path(said.strip()))
+
+
+def test_an_interpolation_is_pictures_a_sheet_and_an_animation(run, tmp_path, apple):
+    other, out = tmp_path / "sky.png", tmp_path / "o"
+    Image.new("RGB", (16, 20), "blue").save(other)
+    how = ["--frames", 3, "--steps", 5, "--size", 16, "--out", out]
+    code, said, _ = run("interpolate", apple, other, *how, "--gif", "--webp")
+    assert code == 0
+    assert len(list(out.glob("apple-to-sky-0*.png"))) == 3
+    assert (out / "apple-to-sky-sheet.png").exists()
+    for suffix in ("gif", "webp"):
+        with Image.open(out / f"apple-to-sky.{suffix}") as animation:
+            assert animation.n_frames == 4 and str(out / f"apple-to-sky.{suffix}") in said
+
+
+def test_inpainting_keeps_what_is_black(run, tmp_path, apple):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (20, 16), 0).save(mask)
+    args = ["inpaint", apple, mask, "a blue square", "--out", tmp_path / "o.png", "--size", 16]
+    code, _, err = run(*args)
+    assert code == 2 and "black everywhere" in err
+    white = Image.new("L", (20, 16), 0)
+    white.paste(255, (0, 0, 10, 16))
+    white.save(mask)
+    assert run(*args, "--steps", 3, "--repeats", 2)[0] == 0
+    kept = np.asarray(Image.open(tmp_path / "o.png"))[:, 8:]
+    assert (kept == np.asarray(fit_square(Image.open(apple), 16))[:, 8:]).all()
+
+
+def test_text_may_be_led_away_and_its_prior_chosen(run, tmp_path, pipe):
+    out = tmp_path / "o.png"
+    args = ["text", "a red apple", "--size", 16, "--out", out, "--prior", "text"]
+    assert run(*args, "--negative", "a blue square")[0] == 0
+    made = {"prior": "text", "negative_prompt": "a blue square"}
+    same(pipe.text_to_image("a red apple", size=16, **made)[0], out)
+    settings = json.loads(Image.open(out).text["settings"])
+    assert settings.items() >= made.items()
+
+
 def test_info_lists_every_stage(run, model_folder, pipe):
     code, out, _ = run("info", model_folder)
     assert code == 0
@@ -231,6 +297,9 @@ def test_assemble_refuses_another_encoder(run, tmp_path, model_folder):
         (["text", "x", "--out", "one.jpg"], ".png"),
         (["text", "x", "--dtype", "fp8"], "bf16"),
         (["assemble", "--out", "built"], "nothing to assemble"),
+        (["mix"], "nothing to mix"),
+        (["mix", "--text", "a:0", "--text", "b:0"], "sum to more than 0"),
+        (["text", "x", "--prior", "other"], "diffusion, ar, draft"),
     ],
 )
 def test_usage_errors_exit_2_and_say_what_is_valid(run, args, message, tmp_path, monkeypatch):

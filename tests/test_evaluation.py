@@ -17,12 +17,12 @@ from unclip.evaluation.scores import (
     agreement,
     coinciding,
     hit_rates,
-    markdown_table,
     mean_scores,
     ranks,
     upscale_again,
 )
 from unclip.images import resize, to_pil, to_tensor
+from unclip.text import markdown_table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -5,72 +5,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
 from unclip.clip import sphere
+from unclip.clip.encoder import FrozenCLIP
+from unclip.conditioning import Cond, TextEncoding
+from unclip.diffusion.inpainting import Kept, mask_at
+from unclip.diffusion.sampling import SamplingConfig, starting_noise
+from unclip.drawing import Start
 from unclip.errors import ConfigError
+from unclip.images import fit_square, to_tensor
+from unclip.inputs import Picture, as_embeddings, as_pictures, as_seeds
+from unclip.options import BY_STAGE, Options
+from unclip.progress import Progress, steps_of
+from unclip.stages import decoder as decoders
+from unclip.stages.resident import resident
+from unclip.stages.stage import Stage, together
 
-STEPS = 50  # of an inversion, and of the way back
+STEPS = 50  # of an inversion and of the way back, unless asked for others
 
 
 class Pipe(Protocol):
-    """What is asked of the pipeline here."""
+    """What is asked of the pipeline here; `UnCLIP` says what each does."""
 
-    def encode_image(self, images: Image | Sequence[Image]) -> Tensor:
-        """**Shapes**: B pictures → (B, D)."""
-        ...
+    clip: FrozenCLIP | None
+    device: torch.device
+    dtype: torch.dtype
 
-    def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
-        """**Shapes**: B prompts → (B, D)."""
-        ...
+    @property
+    def sizes(self) -> list[int]: ...
+
+    def need(self, name: str, purpose: str) -> Stage: ...
+
+    def encode_image(self, images: Any) -> Tensor: ...
+
+    def encode_text(self, prompts: Any) -> Tensor: ...
+
+    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding: ...
 
     def text_to_embedding(
-        self, prompt: str | Sequence[str], n: int = 1, seed: int = 0, **options: Any
-    ) -> Tensor:
-        """**Shapes**: B prompts → (B n, D)."""
-        ...
+        self, prompt: Any, n: int = 1, seed: int | None = 0, **options: Any
+    ) -> Tensor: ...
 
-    def invert(
-        self, images: Image | Sequence[Image], z_image: Tensor | None = None, steps: int = STEPS
-    ) -> Tensor:
-        """**Shapes**: B pictures → (B, 3, R, R)."""
-        ...
+    def varied(self, options: Options) -> Options: ...
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """**Shapes**: B seeds → (B, 3, R, R)."""
-        ...
+    def with_decoder_sampling(self, sampling: SamplingConfig) -> Self: ...
 
-    def redraw(self, z_image: Tensor, x_T: Tensor, **options: Any) -> list[Image]:
-        """Pictures of pairs, the way back of `invert`. **Shapes**: (B, D), (B, 3, R, R)."""
-        ...
-
-    def image_from_embedding(
-        self, z_image: Tensor, n: int = 1, seed: int = 0, **options: Any
-    ) -> list[Image]:
-        """**Shapes**: (B, D) → B n pictures."""
-        ...
+    def iterate(
+        self,
+        prompt: Any = None,
+        n: int = 1,
+        seed: int | Sequence[int] | None = 0,
+        *,
+        z_image: Any = None,
+        x_T: Any = None,
+        **options: Any,
+    ) -> Iterator[Image]: ...
 
 
-def reconstruct(pipe: Pipe, image: Image, steps: int = STEPS, **options: Any) -> Image:
-    """A picture from its own z_image and x_T: what a pair can say of it."""
+P = TypeVar("P", bound=Pipe)
+
+
+def exact(pipe: P) -> P:
+    """A model that draws as inverted noise wants it: DDIM, eta 0, no guidance, nothing clipped."""
+    return pipe.with_decoder_sampling(decoders.exact(STEPS))
+
+
+def invert(
+    pipe: Pipe,
+    images: Picture | Sequence[Picture],
+    z_image: Any = None,
+    steps: int = STEPS,
+    progress: Progress = False,
+) -> Tensor:
+    """x_T of pictures, padded to squares: the noise from which `redraw` draws them again.
+
+    `z_image` are their embeddings, if they are known. **Shapes**: B pictures, z_image (B, D) →
+    (B, 3, R, R). **Raises**: `ConfigError` for embeddings that do not fit.
+    """
+    decoder, pictures = pipe.need("decoder", "inversion"), as_pictures(images)
+    z = as_embeddings(pipe.encode_image(pictures) if z_image is None else z_image, decoder.width)
+    if len(z) != len(pictures):
+        raise ConfigError(f"{len(z)} embeddings for {len(pictures)} pictures")
+    x = torch.stack([to_tensor(fit_square(p, decoder.side)) for p in pictures]).to(pipe.device)
+    text = None if pipe.clip is None else pipe.text_encoding([""] * len(x))  # as when redrawn
+    cond = Cond(image_embed=z.to(pipe.device), text=text)
+    total = steps * math.ceil(len(x) / together(decoder.shape, pipe.device))
+    with resident([decoder.network], pipe.device), steps_of("inversion", total, progress) as done:
+        return decoders.noise_of(decoder, x, cond, steps, pipe.dtype, done)
+
+
+def invert_as_asked(
+    pipe: Pipe, images: Picture | Sequence[Picture], z_image: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """`invert` in as many steps as these options of `redraw` ask for."""
+    opts = Options.of(options)
+    steps = opts.sampling(exact(pipe).need("decoder", "inversion")).steps
+    return invert(pipe, images, z_image, steps, opts.progress)
+
+
+def noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
+    """An x_T for each seed. **Shapes**: B seeds → (B, 3, R, R)."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return starting_noise(pipe.need("decoder", "pictures").shape, generators)
+
+
+def redraw(
+    pipe: Pipe,
+    z_image: Any,
+    x_T: Tensor,
+    seed: int | Sequence[int] | None = 0,
+    **options: Any,
+) -> list[Image]:
+    """Pictures of pairs, the way back of `invert`: by DDIM in 50 steps, without guidance.
+
+    `eta` above 0 leaves x_T behind, up to variations at 1. `seed`, or each picture's own, is for
+    that and the upsamplers. **Shapes**: (B, D), (B, 3, R, R).
+    """
+    return list(exact(pipe).iterate(seed=seed, z_image=z_image, x_T=x_T, **options))
+
+
+def vary(
+    pipe: Pipe, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
+) -> list[Image]:
+    """n variations from each picture's own x_T: at eta 0 they are `reconstruct` (Section 3.1)."""
     z_image = pipe.encode_image(image)
-    x_T = pipe.invert(image, z_image, steps)
-    return pipe.redraw(z_image, x_T, steps=steps, **options)[0]
+    x_T = invert_as_asked(pipe, image, z_image, options).repeat_interleave(n, 0)
+    opts, own = Options.of(options), exact(pipe)
+    drawn = own.iterate(None, n, seed, z_image=z_image, x_T=x_T, options=own.varied(opts))
+    return list(drawn)
+
+
+def reconstruct(pipe: Pipe, image: Picture, seed: int | None = 0, **options: Any) -> Image:
+    """A picture from its own z_image and x_T: what a pair can say of it."""
+    picture = _one(image)
+    z_image = pipe.encode_image(picture)
+    x_T = invert_as_asked(pipe, picture, z_image, options)
+    return redraw(pipe, z_image, x_T, seed, **options)[0]
 
 
 def interpolate(
     pipe: Pipe,
-    images: Sequence[Image],
+    images: Sequence[Picture],
     frames: int = 9,
     *,
     fixed_noise: bool = False,
-    seed: int = 0,
-    steps: int = STEPS,
+    seed: int | None = 0,
     **options: Any,
 ) -> list[Image]:
     """Pictures between pictures: z_image on the great circle, x_T too, or fixed (Section 3.2).
@@ -80,79 +170,163 @@ def interpolate(
 
     **Raises**: `ConfigError` for fewer than two pictures or two frames.
     """
-    if len(images) < 2:
-        raise ConfigError(f"{len(images)} picture: two or more are needed to go between")
+    pictures = as_pictures(images)
+    if len(pictures) < 2:
+        raise ConfigError("1 picture: two or more are needed to go between")
     if frames < 2:
         raise ConfigError(f"frames = {frames}: at least 2, the first and the last picture")
-    z_image = pipe.encode_image(images)  # (n, D)
-    x_T = None if fixed_noise else pipe.invert(images, z_image, steps)  # (n, 3, R, R)
+    z_image = pipe.encode_image(pictures)  # (n, D)
+    x_T = None if fixed_noise else invert_as_asked(pipe, pictures, z_image, options)
     shares = torch.linspace(0, 1, frames)
-    z, noise = [], []
-    for k in range(len(images) - 1):
+    z, drawn = [], []
+    for k in range(len(pictures) - 1):
         for share in shares[min(k, 1) :]:  # a picture in the middle comes once
             z.append(sphere.slerp(z_image[k], z_image[k + 1], share))
             if x_T is not None:
                 a, b = x_T[k].flatten(), x_T[k + 1].flatten()
-                noise.append(sphere.slerp(a, b, share).view_as(x_T[k]))
-    drawn = pipe.noise([seed]).expand(len(z), -1, -1, -1) if x_T is None else torch.stack(noise)
-    return pipe.redraw(torch.stack(z), drawn, seed=seed, steps=steps, **options)
+                drawn.append(sphere.slerp(a, b, share).view_as(x_T[k]))
+    first = as_seeds(seed, 1)
+    x_T = noise(pipe, first) if x_T is None else torch.stack(drawn)
+    return redraw(pipe, torch.stack(z), x_T, first * len(z), **options)
 
 
 def text_diff(
     pipe: Pipe,
-    image: Image,
+    image: Picture,
     target: str,
     source: str = "",
     strength: float | Sequence[float] = 0.35,
-    steps: int = STEPS,
+    seed: int | None = 0,
     **options: Any,
-) -> Image | list[Image]:
+) -> list[Image]:
     """A picture turned towards what the target caption adds to the source's (Section 3.3).
 
     z_image goes the share `strength` of the way to the difference of the two captions' embeddings,
-    x_T stays that of the picture; strength 0 is `reconstruct`. Several strengths give a list.
+    x_T stays that of the picture; strength 0 is `reconstruct`. One picture for each strength.
 
     **Raises**: `ConfigError` for captions of one embedding, or a strength that is not finite.
     """
-    one = isinstance(strength, int | float)
     strengths = torch.tensor([strength] if isinstance(strength, int | float) else list(strength))
     if not len(strengths) or not bool(strengths.isfinite().all()):
         raise ConfigError(f"strength = {strength}: must be one or more finite numbers")
-    z_image = pipe.encode_image(image)  # (1, D)
+    picture = _one(image)
+    z_image = pipe.encode_image(picture)  # (1, D)
     old, new = pipe.encode_text([source, target])  # (D,) each
     z = torch.cat([sphere.text_diff(z_image, old, new, float(s)) for s in strengths])
-    x_T = pipe.invert(image, z_image, steps).expand(len(z), -1, -1, -1)
-    drawn = pipe.redraw(z, x_T, steps=steps, **options)
-    return drawn[0] if one else drawn
+    x_T = invert_as_asked(pipe, picture, z_image, options)
+    return redraw(pipe, z, x_T, as_seeds(seed, 1) * len(z), **options)
 
 
 def mix(
     pipe: Pipe,
-    parts: Sequence[Image | str | Tensor],
+    parts: Sequence[Picture | Tensor],
     weights: Sequence[float] | None = None,
     n: int = 1,
-    seed: int = 0,
+    seed: int | None = 0,
     **options: Any,
 ) -> list[Image]:
     """Pictures of several pictures, texts and embeddings as one: the spherical mean of them.
 
-    Texts count as what the prior makes of them. A single part of any weight is its variation.
+    A string is a text and counts as what the prior makes of it; a picture's file is a `Path`. A
+    single part of any weight is its variation.
 
     **Raises**: `ConfigError` without parts, or for weights that make no mean.
     """
     if not parts:
         raise ConfigError("nothing to mix: name pictures, texts or embeddings")
+    seeds, opts = as_seeds(seed, n), Options.of(options)
     texts = [part for part in parts if isinstance(part, str)]
-    images = [part for part in parts if isinstance(part, Image)]
-    of_text = iter(pipe.text_to_embedding(texts, seed=seed)) if texts else iter(())
-    of_image = iter(pipe.encode_image(images)) if images else iter(())
+    images = [part for part in parts if isinstance(part, Image | Path | np.ndarray)]
+    of_text, of_image = iter(()), iter(())
+    if texts:
+        of_text = iter(pipe.text_to_embedding(texts, seed=seeds[0], options=_of_priors(opts)))
+    if images:
+        of_image = iter(pipe.encode_image(images))
     rows = []
     for part in parts:
-        if isinstance(part, str):
-            rows.append(next(of_text))
-        elif isinstance(part, Image):
-            rows.append(next(of_image))
+        if isinstance(part, Tensor):
+            width = pipe.need("decoder", "pictures").width
+            rows.append(as_embeddings(part.reshape(1, -1), width)[0].to(pipe.device))
         else:
-            rows.append(part.reshape(-1).float())
-    z_image = sphere.mix(torch.stack([row.float() for row in rows]), weights or [1.0] * len(rows))
-    return pipe.image_from_embedding(z_image[None], n=n, seed=seed, **options)
+            rows.append(next(of_text if isinstance(part, str) else of_image).float())
+    weights = [1.0] * len(rows) if weights is None else weights
+    z_image = sphere.mix(torch.stack(rows), weights)[None]
+    opts = pipe.varied(replace(opts, prior=None, prior_candidates=None))
+    return list(pipe.iterate(n=n, seed=seeds[0], z_image=z_image, options=opts))
+
+
+def inpaint(
+    pipe: Pipe,
+    image: Picture,
+    mask: Picture | None = None,
+    prompt: str | None = None,
+    strength: float = 1.0,
+    n: int = 1,
+    seed: int | None = 0,
+    *,
+    repeats: int = 1,
+    **options: Any,
+) -> list[Image]:
+    """Pictures in which what is white in the mask is drawn anew, and the rest kept to the bit.
+
+    Without a mask all of it is, and a `strength` below 1 starts from the picture with so much of
+    the noise's time (image to image). Without a prompt the new part is told the picture's own
+    embedding. `repeats` above 1 lets the two parts agree better (RePaint), in so many times the
+    time. DDIM draws, unless another sampler is asked for.
+
+    **Raises**: `ConfigError` for a strength outside (0, 1], a mask of another size or all black.
+    """
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength = {strength}: must be above 0, and at most 1")
+    picture, opts, seeds = _one(image), Options.of(options), as_seeds(seed, n)
+    kept = None
+    if mask is not None:
+        kept = _kept(picture, mask, opts.size or pipe.sizes[-1])
+    decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
+    if strength < 1:
+        levels = max(1, round(strength * decoder.diffusion.config.steps))
+        x_0 = to_tensor(fit_square(picture, decoder.side)).expand(n, -1, -1, -1)
+        times = torch.full((n,), levels - 1)
+        own = [s ^ (1 << 40) for s in seeds]  # the seeds' first numbers are the prior's
+        x_T = decoder.diffusion.q_sample(x_0, times, noise(pipe, own))
+    usual = {"sampler": "ddim", "steps": math.ceil(strength * STEPS), "eta": 0.0}
+    ddim = pipe.with_decoder_sampling(decoder.sampling.model_copy(update=usual))
+    z_image = pipe.encode_image(picture) if prompt is None else None
+    start = Start(x_T, levels, kept, repeats)
+    drawn = ddim.iterate(prompt, n, seeds[0], z_image=z_image, x_T=start, options=opts)
+    return list(drawn)
+
+
+def _kept(picture: Image, mask: Picture, side: int) -> Kept:
+    """What is black in a mask, of the picture as it is at that side."""
+    if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
+        mask = mask.astype(np.uint8) * 255
+    shape = _one(mask)
+    if shape.size != picture.size:
+        raise ConfigError(
+            f"a mask of {shape.width} x {shape.height} for a picture of {picture.width} x "
+            f"{picture.height}: they must have the same size"
+        )
+    white = torch.from_numpy(np.asarray(shape.convert("L")) >= 128)  # (H, W)
+    if not bool(white.any()):
+        raise ConfigError("the mask is black everywhere: paint what is to be drawn anew white")
+    longer = max(picture.size)
+    left, top = (longer - picture.width) // 2, (longer - picture.height) // 2
+    right, bottom = longer - picture.width - left, longer - picture.height - top
+    square = F.pad(white, (left, right, top, bottom))[None, None]  # as `pad_to_square`
+    square = square if longer == side else mask_at(square, side)
+    return Kept(to_tensor(fit_square(picture, side))[None], square)
+
+
+def _one(image: Picture) -> Image:
+    pictures = as_pictures(image)
+    if len(pictures) != 1:
+        raise ConfigError(f"{len(pictures)} pictures where one is expected")
+    return pictures[0]
+
+
+def _of_priors(opts: Options) -> Options:
+    """Of a decoder's options, those that embeddings of text have a use for."""
+    named = {key: value for key in BY_STAGE if isinstance(value := getattr(opts, key), dict)}
+    mine: dict[str, Any] = dict.fromkeys(BY_STAGE) | named
+    return replace(opts, size=None, tile=None, candidates=1, eta=None, **mine)

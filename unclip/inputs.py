@@ -40,13 +40,17 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     return [whole(prompt) for prompt in several]
 
 
-def as_seeds(seed: int | None, count: int) -> list[int]:
-    """`seed`, `seed + 1`, …, one for each picture; None draws the first.
+def as_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """`seed`, `seed + 1`, …, one for each picture; None draws the first. Or each picture's own.
 
     **Raises**: `ConfigError` for what is no whole number, or too large a one.
     """
     if seed is None:
         return as_seeds(secrets.randbelow(SEEDS), count)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ConfigError(f"{len(seed)} seeds for {count} pictures")
+        return [as_seeds(one, 1)[0] for one in seed]
     first = as_number("seed", seed)
     if not -(2**63) <= first <= 2**63 - count:
         raise ConfigError(

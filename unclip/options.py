@@ -17,6 +17,8 @@ from unclip.stages.stage import Stage
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
 BY_STAGE = ("steps", "guidance", "sampler")
+PICTURES_ONLY = ("size", "tile", "candidates")  # embeddings have no use for these,
+OF_TEXT = ("candidates", "prior", "negative_prompt")  # and upsamplers none for these
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Options:
     one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
     called after every step with the stage's name, the steps done and those to do.
 
+    `prior` says how text becomes an embedding (see `PriorName`) where a model can do it in several
+    ways. Guidance leads away from `negative_prompt`: the prior's from that text, the decoder's from
+    what the prior makes of it and from it as a caption; for the prompt itself it is guidance 1.
+
     **Raises**: `ConfigError` for numbers out of range.
     """
 
@@ -41,6 +47,8 @@ class Options:
     tile: int | None = None
     prior_candidates: int | None = None
     candidates: int = 1
+    prior: str | None = None
+    negative_prompt: str | None = None
     progress: Progress = False
     meant_for: str = field(default="decoder", kw_only=True)  # the kind that single values are for
 

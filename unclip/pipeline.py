@@ -8,35 +8,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.clip.embeddings import check_raw
+from unclip import edit
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.clip.towers import unread
-from unclip.conditioning import Cond, TextEncoding
-from unclip.drawing import Drawing
+from unclip.conditioning import TextEncoding
+from unclip.diffusion.sampling import SamplingConfig
+from unclip.drawing import Drawing, Start, drawer, raw_embeddings, upscaled
 from unclip.errors import CheckpointError, ConfigError, UnclipWarning
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
-from unclip.images import pad_to_square, resize, to_pil, to_tensor
-from unclip.inputs import Picture, as_embeddings, as_number, as_pictures, as_prompts, as_seeds
-from unclip.options import Options
+from unclip.images import pad_to_square
+from unclip.inputs import Picture, as_number, as_pictures, as_prompts, as_seeds
+from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.precision import default_dtype
 from unclip.sources import Source
-from unclip.stages.prior import draw_embeddings
+from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
-from unclip.stages.upsampler import enlarged, route, way_up
+from unclip.stages.upsampler import route
 
 NOTES = 4  # prompts of a call that warnings name
-PICTURES_ONLY = ("size", "tile", "candidates")  # options that embeddings have no use for
 
 
 class UnCLIP:
@@ -56,12 +58,13 @@ class UnCLIP:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         prior_candidates: int = 2,
+        ar_prior: Stage | None = None,
     ):
-        self.clip, self.prior, self.decoder = clip, prior, decoder
+        self.clip, self.prior, self.ar_prior, self.decoder = clip, prior, ar_prior, decoder
         self.upsamplers = sorted(upsamplers, key=lambda stage: stage.side)
         self.device, self.dtype = torch.device(device), dtype
         self.prior_candidates = prior_candidates  # unless a call says otherwise
-        for stage in (prior, decoder):
+        for stage in (prior, ar_prior, decoder):
             if stage is not None and stage.encoder is not None and self.encoder is not None:
                 check_same_encoder(self.encoder, stage.encoder, stage.name)
 
@@ -98,6 +101,7 @@ class UnCLIP:
             device,
             dtype,
             source.prior_candidates,
+            stages.get("ar_prior"),
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -111,15 +115,16 @@ class UnCLIP:
 
     @property
     def stages(self) -> list[Stage]:
-        """The diffusion stages that are there, in order."""
-        return [s for s in (self.prior, self.decoder, *self.upsamplers) if s is not None]
+        """The stages that are there, in order."""
+        priors = (self.prior, self.ar_prior)
+        return [s for s in (*priors, self.decoder, *self.upsamplers) if s is not None]
 
     @property
     def encoder(self) -> Fingerprint | None:
         """Which CLIP encoder this model's embeddings come from."""
         if self.clip is not None:
             return self.clip.fingerprint
-        trained = [s.encoder for s in (self.prior, self.decoder) if s is not None]
+        trained = [s.encoder for s in self.stages if s is not None]
         return next((encoder for encoder in trained if encoder is not None), None)
 
     @property
@@ -132,7 +137,7 @@ class UnCLIP:
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
-        return self._encode_text(self._prompts(prompts)).embed
+        return self.text_encoding(self._prompts(prompts)).embed
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
@@ -165,23 +170,45 @@ class UnCLIP:
         return list(self.iterate(text, n, seed, z_image=z_image, **options))
 
     def variations(
-        self, image: Picture | Sequence[Picture], n: int = 1, seed: int | None = 0, **options: Any
+        self,
+        image: Picture | Sequence[Picture],
+        n: int = 1,
+        seed: int | None = 0,
+        inverted: bool = False,
+        **options: Any,
     ) -> list[Image.Image]:
-        """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`."""
+        """n pictures with the same CLIP embedding as a given one (Section 3.1); see `varied`.
+
+        `inverted`: from its x_T as well, and the less like it the larger `eta`; 0 `reconstruct`s.
+        """
+        if inverted:
+            return edit.vary(self, image, n, seed, **options)
         return list(self.iterate(n=n, seed=seed, image=as_pictures(image), **options))
+
+    # Section 3: pictures as pairs (z_image, x_T), and parts of pictures.
+    invert, noise, redraw = edit.invert, edit.noise, edit.redraw
+    reconstruct, interpolate, text_diff = edit.reconstruct, edit.interpolate, edit.text_diff
+    mix, inpaint = edit.mix, edit.inpaint
+
+    def with_decoder_sampling(self, sampling: SamplingConfig) -> Self:
+        """The same model with other defaults for drawing from its decoder."""
+        other = copy(self)
+        other.decoder = replace(self.need("decoder", "pictures"), sampling=sampling)
+        return other
 
     def varied(self, options: Options) -> Options:
         """Options for variations: `eta` 1 where DDIM samples the decoder and none is given."""
-        return options.fresh(1.0, self._need("decoder", "pictures"))
+        return options.fresh(1.0, self.need("decoder", "pictures"))
 
     def iterate(
         self,
         prompt: str | Sequence[str] | None = None,
         n: int = 1,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         *,
         image: Picture | Sequence[Picture] | None = None,
         z_image: Any = None,
+        x_T: Tensor | Start | None = None,
         **options: Any,
     ) -> Iterator[Image.Image]:
         """What `text_to_image` makes or, given z_image, `image_from_embedding`, or of an image
@@ -190,18 +217,22 @@ class UnCLIP:
         Memory does not grow with their number: as many as the decoder takes together go through the
         stages before the next do. Everything is checked before the first is asked for.
 
-        **Shapes**: z_image (B, D). **Raises**: as those do.
+        `x_T` is what the decoder starts from, as `invert` and `noise` give it, one for all or each.
+
+        **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those do.
         """
         opts = Options.of(options)
         if image is not None:
             opts, z_image = self.varied(opts), self.encode_image(image)
         elif z_image is not None:
-            z_image = self._raw(z_image)
-        decoder, n = self._need("decoder", "pictures"), as_number("n", n, 1)
+            z_image = raw_embeddings(z_image, self.need("decoder", "pictures"), self._usual_norm)
+        decoder, n = self.need("decoder", "pictures"), as_number("n", n, 1)
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
+        if z_image is not None and opts.prior is not None:
+            raise ConfigError(f"prior = {opts.prior!r} has no effect where embeddings are given")
+        by, prior = self._prior(opts) if z_image is None or opts.negative_prompt else ("", None)
         if z_image is None:
-            self._need("prior", "text to image; without one, make variations of a picture")
             prompts = self._prompts(() if prompt is None else prompt)
         else:
             z_image = z_image.float().repeat_interleave(n, 0)  # (B n, D)
@@ -211,20 +242,25 @@ class UnCLIP:
                 raise ConfigError(f"{len(prompts)} captions for {len(z_image) // n} embeddings")
             if opts.candidates > 1 and prompt is None:
                 raise ConfigError("candidates are ranked against a caption, and there is none")
-        if self.clip is None and (z_image is None or prompt is not None or decoder.reads_text):
+        told = prompt is not None or opts.negative_prompt is not None or decoder.reads_text
+        if self.clip is None and (z_image is None or told):
             self._need_clip()
+        start = Start.of(x_T, decoder, opts.sampling(decoder), count := n * len(prompts))
         drawing = Drawing(
-            self.prior,
+            prior,
             decoder,
             route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or [],
             self._drawing(opts),
             self.device,
-            None if self.clip is None else self._encode_text,
+            None if self.clip is None else self.text_encoding,
             self.encode_image,
             opts.prior_candidates or self.prior_candidates,
             opts.candidates,
+            by,
+            opts.negative_prompt,
+            start,
         )
-        return drawing.pictures(prompts, z_image, as_seeds(seed, n * len(prompts)))
+        return drawing.pictures(prompts, z_image, as_seeds(seed, count))
 
     def text_to_embedding(
         self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
@@ -235,10 +271,15 @@ class UnCLIP:
         """
         opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
         prompts, n = self._prompts(prompt), as_number("n", n, 1)
-        prior, count = self._need("prior", "embeddings"), opts.prior_candidates
-        draw, text = self._drawing(opts), self._encode_text(prompts).repeat(n)
+        (by, prior), count = self._prior(opts), opts.prior_candidates or self.prior_candidates
+        if by == "none":
+            raise ConfigError("prior = 'none' makes no embeddings")
+        negative = None
+        if opts.negative_prompt is not None:
+            negative = self.text_encoding([opts.negative_prompt]).repeat(n * len(prompts))
+        draw, text = self._drawing(opts), self.text_encoding(prompts).repeat(n)
         generators = [torch.Generator().manual_seed(s) for s in as_seeds(seed, n * len(prompts))]
-        return draw_embeddings(prior, text, generators, count or self.prior_candidates, draw)
+        return draw_embeddings(prior, text, generators, count, draw, negative, by)
 
     def upscale(self, image: Picture, seed: int | None = 0, **options: Any) -> Image.Image:
         """Send a picture, padded to a square, through the upsamplers.
@@ -246,43 +287,29 @@ class UnCLIP:
         It is first resized to the input of the stage that begins: the one with the largest input
         not above the picture's side.
         """
-        opts = Options.of(options, ("candidates",), meant_for="upsampler")
+        opts = Options.of(options, OF_TEXT, meant_for="upsampler")
         if not self.upsamplers:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
         draw, pictures = self._drawing(opts), as_pictures(image)
         if len(pictures) != 1:
             raise ConfigError(f"{len(pictures)} pictures to upscale; give one at a time")
-        square = pad_to_square(pictures[0])
-        low, chosen = way_up(self.upsamplers, square.width, opts.size)
-        x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
-        generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
-        return to_pil(next(enlarged(chosen, x, generators, draw)))
+        own = as_seeds(seed, 1)[0]
+        return upscaled(self.upsamplers, pictures[0], opts.size, own, draw, self.device)
 
     def _drawing(self, opts: Options) -> Draw:
         """How each stage draws under these options, its weights on the device while it does.
 
         **Raises**: `ConfigError` for options that a stage can't follow.
         """
-        sampling = opts.resolve(self.stages)
+        return drawer(opts, self.stages, self.clip, self.device, self.dtype)
 
-        def draw(stage: Stage, cond: Cond, generators: Sequence[torch.Generator]) -> Tensor:
-            null_text = None
-            if self.clip is not None and cond.text is not None:
-                with self._resident_clip() as clip:
-                    null_text = clip.null_text
-            with resident([stage.network, stage.last], self.device):
-                return stage.draw(
-                    cond,
-                    stage.shape,
-                    sampling[stage.name],
-                    generators,
-                    null_text=null_text,
-                    dtype=self.dtype,
-                    tile=opts.tile,
-                    progress=opts.progress,
-                )
-
-        return draw
+    def _prior(self, opts: Options) -> tuple[str, Stage | None]:
+        """How text becomes an embedding, and the stage for that."""
+        only = self.ar_prior if self.prior is None else None
+        by = opts.prior or ("diffusion" if only is None else "ar")
+        stage = self.ar_prior if by == "ar" else self.prior
+        check_prior(by, stage, self.decoder)
+        return by, stage
 
     def _prompts(self, prompts: Any) -> list[str]:
         """Prompts, with a warning where this model's encoder does not read all of them."""
@@ -294,18 +321,9 @@ class UnCLIP:
             warnings.warn(f"{more} more prompts are not read whole", UnclipWarning, stacklevel=3)
         return several
 
-    def _encode_text(self, prompts: Sequence[str]) -> TextEncoding:
+    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding:
         with self._resident_clip() as clip:
             return clip.encode_text(prompts)
-
-    def _raw(self, z_image: Any) -> Tensor:
-        """Embeddings from elsewhere, checked. **Shapes**: (B, D) → (B, D)."""
-        decoder = self._need("decoder", "pictures")
-        z = as_embeddings(z_image, decoder.width)
-        if not decoder.config.scale.normalizes:
-            mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
-            check_raw(z, self._usual_norm, "these embeddings", mend)
-        return z
 
     def _usual_norm(self) -> float | None:
         """The norm of raw embeddings, as far as the stages or the encoder know it."""
@@ -327,7 +345,7 @@ class UnCLIP:
             raise CheckpointError("this model has no CLIP encoder, which text and pictures need")
         return self.clip
 
-    def _need(self, name: str, purpose: str) -> Stage:
+    def need(self, name: str, purpose: str) -> Stage:
         stage: Stage | None = getattr(self, name)
         if stage is None:
             raise CheckpointError(f"this model has no {name}, which is needed for {purpose}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from unclip.cli import data, evaluation, models, pictures, training
+from unclip.cli import data, edits, evaluation, models, pictures, training
 from unclip.cli.arguments import expanded
 from unclip.errors import exit_on_error
 
@@ -29,6 +29,12 @@ app = typer.Typer(
 for verb in (
     pictures.text,
     pictures.vary,
+    edits.reconstruct,
+    edits.interpolate,
+    edits.edit,
+    edits.mix,
+    edits.inpaint,
+    edits.redraw,
     data.embed,
     pictures.upscale,
     models.info,

@@ -27,6 +27,18 @@ BY_STAGE = "One value for the decoder, or by stage: prior=…,decoder=…,upsamp
 Steps = Annotated[str | None, typer.Option(help=f"Sampling steps. {BY_STAGE}")]
 Guidance = Annotated[str | None, typer.Option(help=f"Guidance scale, 1 is off. {BY_STAGE}")]
 Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. {BY_STAGE}")]
+Negative = Annotated[
+    str | None,
+    typer.Option("--negative", parser=meant, help="A prompt to be guided away from."),
+]
+Prior = Annotated[
+    str | None,
+    typer.Option(
+        "--prior",
+        help="How text becomes an embedding: diffusion, ar, draft (no drawing), text (the text's "
+        "own) or none (the caption alone) [default: the model's prior].",
+    ),
+]
 Tile = Annotated[int | None, typer.Option(help="Upsample in tiles of this side: less memory.")]
 Out = Annotated[Path, typer.Option(help="A folder, or a .png file for a single picture.")]
 MODEL = "A model folder, a run or a hub id [default: the shipped weights]."
@@ -128,3 +140,20 @@ def _parse(option: str, text: str | None, kind: type) -> Any:
     if len(values) < len(pairs):
         raise ConfigError(f"{option} {text!r}: a stage is given twice")
     return values
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """`0.1,0.2`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers, as 0.35 or 0.1,0.2") from None
+
+
+def weighed(text: str) -> tuple[str, float]:
+    """`cat.png:0.7`; without a number the weight is 1."""
+    name, colon, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,21 @@ class Writer:
         if len(self.thumbnails) > 1:
             self._write(grid(self.thumbnails, columns, captions), f"{slug(name)}-sheet", PngInfo())
 
+    def animation(self, images: Sequence[Image.Image], name: str, suffix: str) -> None:
+        """Write pictures there and back as a .gif or .webp."""
+        frames = [*images, *images[-2:0:-1]]
+        how = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": 100}
+        path = self.out / f"{slug(name)}{suffix}"
+        self._save(path, lambda to: frames[0].save(to, suffix[1:].upper(), **how))
+
     def _write(self, image: Image.Image, stem: str, chunks: PngInfo) -> Path:
         path = self.out if self.single else self.out / f"{stem}.png"
+        return self._save(path, lambda beside: image.save(beside, "PNG", pnginfo=chunks))
+
+    def _save(self, path: Path, write: Callable[[Path], None]) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path = write_new(path, lambda beside: image.save(beside, "PNG", pnginfo=chunks))
+            path = write_new(path, write)
         except OSError as error:
             raise ConfigError(f"can't write {path}: {error.strerror or error}") from None
         print(path, flush=True)

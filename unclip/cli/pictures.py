@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from unclip.cli.arguments import Asked, N, Picture, Prompts
+from unclip.cli.arguments import Asked, N, Negative, Picture, Prior, Prompts
 from unclip.cli.shell import Making, square
+from unclip.errors import ConfigError
 
 
 def text(
@@ -26,6 +27,8 @@ def text(
     candidates: Annotated[
         int, typer.Option(min=1, help="Pictures drawn for each one kept, by CLIP score.")
     ] = 1,
+    negative: Negative = None,
+    prior: Prior = None,
 ) -> None:
     """Make pictures of one or several prompts."""
     labels = [prompt for prompt in prompts for _ in range(n)]
@@ -35,6 +38,8 @@ def text(
         len(labels),
         prior_candidates=prior_candidates,
         candidates=candidates,
+        negative_prompt=negative,
+        prior=prior,
     )
     pictures = making.pipe.iterate(prompts, n, asked.seed, options=making.options)
     making.save(pictures, labels, prompts=labels, columns=_columns(len(prompts), n))
@@ -53,21 +58,31 @@ def vary(
             min=0, max=1, help="Fresh noise in a decoder sampled by DDIM [default: 1 there]."
         ),
     ] = None,
+    invert: Annotated[
+        bool,
+        typer.Option("--invert", help="From the picture's own noise: the closer, the smaller eta."),
+    ] = False,
 ) -> None:
     """Make variations of a picture, or pictures of embeddings that `embed` wrote."""
     from unclip.clip.embeddings import SUFFIXES, read_embeddings
+    from unclip.edit import invert_as_asked
     from unclip.images import load_image
 
     picture = None if source.suffix in SUFFIXES else load_image(source)
-    making = Making("vary", asked, n, source=source.name, eta=eta)
+    if invert and picture is None:
+        raise ConfigError("--invert needs a picture; embeddings have no noise of their own")
+    making = Making("vary", asked, n, source=source.name, exact=invert, eta=eta)
     making.options = making.pipe.varied(making.options)
     z_image, keys = None, [source.stem]
     if picture is None:
         z_image, keys = read_embeddings(source, making.pipe.encoder)
     making.writer.expect(n * len(keys))
-    pictures = making.pipe.iterate(
-        n=n, seed=asked.seed, image=picture, z_image=z_image, options=making.options
-    )
+    given: dict[str, Any] = {"options": making.options}
+    if invert and picture is not None:
+        z_image = making.pipe.encode_image(picture)
+        given["x_T"] = invert_as_asked(making.pipe, picture, z_image, given)
+    how = {"image": picture} if z_image is None else {"z_image": z_image}
+    pictures = making.pipe.iterate(n=n, seed=asked.seed, **how, **given)
     names = [f"{Path(key).stem} variation" for key in keys for _ in range(n)]
     title = f"{source.stem} variation"
     making.save(pictures, names, columns=_columns(len(keys), n), title=title)

@@ -25,7 +25,8 @@ class Making:
     from `seed` on; `save` writes them as they are ready.
 
     `count` says how many there will be, `meant_for` which kind of stage single values of options
-    are for; `more` are options that not every verb has, and `source` names what is worked on.
+    are for; `more` are options that not every verb has, and `source` names what is worked on;
+    `exact` draws from inverted noise.
 
     **Raises**: `ConfigError` where nothing can be written, before the model is loaded, or for
     options that it can't follow; `CheckpointError`.
@@ -39,6 +40,7 @@ class Making:
         *,
         meant_for: str = "decoder",
         source: str | None = None,
+        exact: bool = False,
         **more: Any,
     ):
         self.seed = asked.seed
@@ -61,6 +63,10 @@ class Making:
         dtype = precision(asked.dtype, device)
         self.hash = model.hash
         self.pipe = UnCLIP.from_pretrained(model, device, dtype, offload=asked.offload)
+        if exact:
+            from unclip.edit import exact as as_inverted
+
+            self.pipe = as_inverted(self.pipe)
         named |= {"size": asked.size, "tile": asked.tile}
         self.options = Options.of(named | more, meant_for=meant_for)
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
@@ -83,6 +89,7 @@ class Making:
         prompts: Sequence[str] | None = None,
         columns: int | None = None,
         title: str | None = None,
+        one_seed: bool = False,
     ) -> None:
         """Write each picture as it is ready under its name and seed, then a sheet of them all.
 
@@ -90,7 +97,8 @@ class Making:
         """
         same = {"settings": self.settings, "model": self.hash}
         for k, picture in enumerate(pictures):
-            own = {"prompt": prompts[k] if prompts else "", "seed": self.seed + k}
+            seed = self.seed if one_seed else self.seed + k
+            own = {"prompt": prompts[k] if prompts else "", "seed": seed}
             self.writer.save(picture, names[k], own | same)
         captions = prompts if len(set(prompts or ())) > 1 else None
         self.writer.sheet(title or names[0], columns or square(len(names)), captions)

@@ -31,13 +31,17 @@ class Kept:
 
         **Shapes**: → pictures (B, 3, R, R), mask (B, 1, R, R).
         """
-        here = self.mask.shape[-1]
-        if side == here:
+        if side == self.mask.shape[-1]:
             return self
-        mask = self.mask.float()
-        # Where a side is no multiple of the other, windows overlap, so that none is passed over.
-        smaller = F.adaptive_max_pool2d(mask, side) if side < here else F.interpolate(mask, side)
-        return Kept(resize(self.pictures, side).clamp(-1, 1), smaller > 0)
+        return Kept(resize(self.pictures, side).clamp(-1, 1), mask_at(self.mask, side))
+
+    def rows(self, index: slice) -> Kept:
+        """The chosen pictures."""
+        return Kept(self.pictures[index], self.mask[index])
+
+    def repeat(self, n: int, device: torch.device) -> Kept:
+        """One picture for n draws of it, where they are drawn."""
+        return Kept(*(x.expand(n, -1, -1, -1).to(device) for x in (self.pictures, self.mask)))
 
     def paste(self, x: Tensor) -> Tensor:
         """What is kept, into x of the same size. **Shapes**: (B, 3, S, S) → same."""
@@ -61,3 +65,14 @@ class Kept:
             return torch.where(self.mask[rows], x, known)
 
         return put_back
+
+
+def mask_at(mask: Tensor, side: int) -> Tensor:
+    """A mask at another size: set where anything under a pixel is set.
+
+    **Shapes**: (B, 1, S, S) bool → (B, 1, R, R) bool.
+    """
+    x = mask.float()
+    # Where a side is no multiple of the other, windows overlap, so that none is passed over.
+    smaller = side < mask.shape[-1]
+    return (F.adaptive_max_pool2d(x, side) if smaller else F.interpolate(x, side)) > 0

@@ -1,4 +1,4 @@
-"""Drawing z_image from text with a prior: the best of several (Section 2.2).
+"""From text to z_image: with a prior, the best of several, or without one (Section 2.2).
 
 B captions, D CLIP embedding.
 """
@@ -6,6 +6,7 @@ B captions, D CLIP embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,24 +14,60 @@ from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
 from unclip.conditioning import Cond, TextEncoding
+from unclip.errors import CheckpointError, ConfigError
 from unclip.stages.stage import Draw, Stage
 
+# What stands between text and decoder: a prior that is drawn from, the diffusion prior's draft
+# alone, z_text in the place of z_image, or nothing: the null embedding, so that only the caption
+# speaks.
+DRAWN = ("diffusion", "ar")
+PriorName = Literal["diffusion", "ar", "draft", "text", "none"]
 
+
+def check_prior(name: str, drawn: Stage | None, decoder: Stage | None) -> None:
+    """**Raises**: `ConfigError` or `CheckpointError` for a way that the stages can't go."""
+    if name not in get_args(PriorName):
+        raise ConfigError(f"prior = {name!r}: choose one of {', '.join(get_args(PriorName))}")
+    if name in (*DRAWN, "draft") and drawn is None:
+        which = "ar_prior" if name == "ar" else "prior"
+        raise CheckpointError(
+            f"this model has no {which}, which is needed for text to image; without one, make "
+            "variations of a picture"
+        )
+    if name == "draft" and drawn is not None and drawn.network.draft is None:
+        raise CheckpointError("this model's prior has no draft, so prior = 'draft' can't be used")
+    if name == "none" and decoder is not None and not decoder.reads_text:
+        raise ConfigError("prior = 'none' leaves only the caption, which this decoder can't read")
+
+
+@torch.no_grad()
 def draw_embeddings(
-    prior: Stage,
+    prior: Stage | None,
     text: TextEncoding,
     generators: Sequence[torch.Generator],
     candidates: int,
     draw: Draw,
+    negative: TextEncoding | None = None,
+    by: str = "diffusion",
 ) -> Tensor:
     """Draw several z_image for each caption and keep the one closest to its z_text.
 
     The first candidate is drawn by the picture's own generator, the others by ones derived from its
-    seed. **Shapes**: text of B captions, B generators → (B, D) raw.
+    seed. Guidance leads away from `negative` where it is given. Where `by` says that nothing is
+    drawn, there is one z_image for a caption: the draft, or z_text itself.
+
+    **Shapes**: text and negative of B captions, B generators → (B, D) raw.
     """
+    if by not in DRAWN:
+        z_text = text.embed.float()
+        if by != "draft" or prior is None:
+            return z_text
+        return prior.embeddings(prior.network.drafted(z_text).float())
+    assert prior is not None
     several = [g for own in generators for g in _candidates(own, candidates)]
     texts = text.repeat(candidates)
-    z = prior.embeddings(draw(prior, Cond(text=texts), several))  # (B n, D)
+    away = None if negative is None else Cond(text=negative.repeat(candidates))
+    z = prior.embeddings(draw(prior, Cond(text=texts), several, negative=away))  # (B n, D)
     score = cosine_similarity(z, texts.embed.float()).view(-1, candidates)  # (B, n)
     return z[torch.arange(len(score), device=z.device) * candidates + score.argmax(1)]  # (B, D)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,16 @@ from unclip.stages.kinds import kind_of
 CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
 
-# How a stage is drawn from by whoever holds the options: one sample for each generator.
-Draw = Callable[["Stage", Cond, Sequence[torch.Generator]], Tensor]
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
+
+
+class Draw(Protocol):
+    """How a stage is drawn from by whoever holds the options: one sample for each generator."""
+
+    def __call__(
+        self, stage: Stage, cond: Cond, generators: Sequence[torch.Generator], /, **more: Any
+    ) -> Tensor:
+        """`more` are `Stage.draw`'s negative, x_T, after, levels and repeats."""
 
 
 def together(shape: Sequence[int], device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.conditioning import Cond
+from unclip.diffusion.inpainting import Kept
 from unclip.errors import ConfigError
 from unclip.images import resize
 from unclip.stages.stage import Draw, Stage, together
@@ -45,21 +46,34 @@ def way_up(
 
 
 def enlarge(
-    chosen: Sequence[Stage], x: Tensor, generators: Sequence[torch.Generator], draw: Draw
+    chosen: Sequence[Stage],
+    x: Tensor,
+    generators: Sequence[torch.Generator],
+    draw: Draw,
+    kept: Kept | None = None,
 ) -> Tensor:
-    """Send pictures through upsamplers. **Shapes**: x (B, 3, R, R) → (B, 3, R', R')."""
+    """Send pictures through upsamplers; of what is kept, B rows, each draws the rest.
+
+    **Shapes**: x (B, 3, R, R) → (B, 3, R', R').
+    """
     for stage in chosen:
-        x = draw(stage, Cond(low_res=resize(x, stage.side)), generators).clamp(-1, 1)
+        after = None if kept is None else kept.at(stage.side).after(stage.diffusion, generators)
+        x = draw(stage, Cond(low_res=resize(x, stage.side)), generators, after=after).clamp(-1, 1)
     return x
 
 
 def enlarged(
-    chosen: Sequence[Stage], x: Tensor, generators: Sequence[torch.Generator], draw: Draw
+    chosen: Sequence[Stage],
+    x: Tensor,
+    generators: Sequence[torch.Generator],
+    draw: Draw,
+    kept: Kept | None = None,
 ) -> Iterator[Tensor]:
     """The same picture by picture, as soon as the last upsampler has drawn them: of large pictures
     only those are in memory that it takes together."""
-    x = enlarge(chosen[:-1], x, generators, draw)
+    x = enlarge(chosen[:-1], x, generators, draw, kept)
     chunk = together(chosen[-1].shape, x.device) if chosen else len(x)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
-        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw)
+        own = None if kept is None else kept.rows(rows)
+        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw, own)
