@@ -25,14 +25,13 @@ from unclip.clip.preprocessing import PreprocessConfig
 from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, build_clip, vocabulary_of
 from unclip.config import Config
 from unclip.data.open import DataConfig
-from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.augment import place
 from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import load_weights
+from unclip.training.task import load_weights, stream
 from unclip.training.teacher import TaughtConfig, Teacher
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
@@ -226,19 +225,5 @@ def train_clip(config: ClipRun, accelerator: Accelerator) -> None:
     """Build, train, and leave checkpoints in `train.out`."""
     train = config.data.open(config.data.train)
     val = config.data.open(config.data.val) if config.data.val else None
-
-    def stream(start_step: int) -> Iterator[Batch]:
-        return batches(
-            train,
-            batch=config.train.batch,
-            seed=config.train.seed,
-            start_step=start_step,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            accumulate=config.train.accumulate,
-            crop=config.data.crop,
-            workers=config.data.workers,
-            pin=accelerator.device.type == "cuda",
-        )
-
-    fit(ClipTask(config, train, val), stream, config.train, config, accelerator)
+    task = ClipTask(config, train, val)
+    fit(task, stream(train, config, accelerator), config.train, config, accelerator)

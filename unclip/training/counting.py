@@ -143,6 +143,7 @@ class _Full(TextEncoding):
 
 
 def inputs_of(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
+    """What a network is called with, for n samples: x_t (or what stands there), t, conditions."""
     model, t = run.model, torch.zeros(n, dtype=torch.long)
     if isinstance(run, UpsamplerRun):
         side = run.data.crop or run.data.resolution
@@ -162,11 +163,13 @@ def inputs_of(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
 
 
 def network_of(run: Any, model: Config | None = None) -> nn.Module:
+    """The network that a run trains, or one of another configuration of its kind."""
     config = model or run.model
     return kind_of(config).network(config)
 
 
 def with_checkpointing(config: Any, on: bool) -> Any:
+    """A configuration with every `checkpointing` in it set."""
     if not isinstance(config, dict):
         return config
     return {k: on if k == "checkpointing" else with_checkpointing(v, on) for k, v in config.items()}

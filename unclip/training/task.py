@@ -94,6 +94,7 @@ class Shown:
 
 
 def open_train(run: Any) -> Dataset:
+    """What a run trains on."""
     return run.data.open(run.data.train)
 
 
