@@ -124,8 +124,7 @@ class UnCLIP:
         """Which CLIP encoder this model's embeddings come from."""
         if self.clip is not None:
             return self.clip.fingerprint
-        trained = [s.encoder for s in self.stages if s is not None]
-        return next((encoder for encoder in trained if encoder is not None), None)
+        return next((s.encoder for s in self.stages if s.encoder is not None), None)
 
     @property
     def sizes(self) -> list[int]:
@@ -346,6 +345,7 @@ class UnCLIP:
         return self.clip
 
     def need(self, name: str, purpose: str) -> Stage:
+        """A stage by name. **Raises**: `CheckpointError` saying what it is needed for."""
         stage: Stage | None = getattr(self, name)
         if stage is None:
             raise CheckpointError(f"this model has no {name}, which is needed for {purpose}")
