@@ -118,13 +118,13 @@ def layout_error(
 ) -> dict[str, float]:
     """Mean squared error of a layout fitted to training pictures, and of the mean picture."""
     unet = UNetConfig(
-        channels=32, multiple=[1], blocks=1, attention=[True], mid_attention=True, groups=8
+        channels=64, multiple=[1], blocks=1, attention=[True], mid_attention=True, groups=8
     )
     decoder = Decoder(
         DecoderConfig(
             resolution=clip.image_size,
             embed=clip.width,
-            context_width=32,
+            context_width=64,
             learned_variance=False,
             scale=ScaleConfig(kind="whiten", normalize=True),
             layout=LayoutConfig(side=SIDE, width=1024, blocks=2),

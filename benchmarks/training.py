@@ -160,7 +160,8 @@ def emoji(name: str) -> tuple[Any, Any]:
     )
 
     schema = {"clip": ClipRun, "prior": PriorRun, "decoder": DecoderRun}.get(name, UpsamplerRun)
-    run: Any = load_config(ROOT / "configs" / "emoji" / f"{name}.yaml", [], schema)
+    untaught = ["teacher=null"] if name == "clip" else []  # it would read for minutes first
+    run: Any = load_config(ROOT / "configs" / "emoji" / f"{name}.yaml", untaught, schema)
     if isinstance(run, ClipRun):
         return ClipTask(run, open_dataset(run.data.train, run.data.resolution), None), run
     if isinstance(run, UpsamplerRun):
