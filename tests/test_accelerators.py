@@ -63,17 +63,22 @@ def configured(what: str, clip: str, out: Path, precision: str) -> Any:
     return tiny("upsampler_64", clip, *common, f"degradation={what}", "degraded=1")
 
 
+FEW = {"LAYOUT_EPOCHS": 1, "DRAFT_EPOCHS": 1} | dict.fromkeys(
+    ("LAYOUT_COUNT", "DRAFT_COUNT", "STATISTICS_COUNT", "QUANTIZER_COUNT"), 64
+)
+
+
 def train(what: str, clip: str, out: Path, precision: str, device: torch.device) -> list[float]:
     """The losses of two steps, with previews before and after."""
-    drafts.LAYOUT_EPOCHS = drafts.DRAFT_EPOCHS = 1
-    drafts.LAYOUT_COUNT = drafts.DRAFT_COUNT = drafts.STATISTICS_COUNT = 64
-    drafts.QUANTIZER_COUNT = 64
     AcceleratorState._reset_state(reset_partial_state=True)
     bf16 = precision == "bf16"
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
     PartialState._shared_state["device"] = AcceleratorState._shared_state["device"] = device
     torch.manual_seed(0)
-    TRAIN[what](configured(what, clip, out, precision), accelerator)
+    with pytest.MonkeyPatch.context() as few:  # or later tests of this process had them, too
+        for name, value in FEW.items():
+            few.setattr(drafts, name, value)
+        TRAIN[what](configured(what, clip, out, precision), accelerator)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
 
