@@ -38,6 +38,7 @@ from unclip.stages.resident import resident
 from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
 from unclip.stages.upsampler import route
 
+NO_CLIP = "this model has no CLIP encoder, which text and pictures need"
 NOTES = 4  # prompts of a call that warnings name
 
 
@@ -243,7 +244,7 @@ class UnCLIP:
                 raise ConfigError("candidates are ranked against a caption, and there is none")
         told = prompt is not None or opts.negative_prompt is not None or decoder.reads_text
         if self.clip is None and (z_image is None or told):
-            self._need_clip()
+            raise CheckpointError(NO_CLIP)
         start = Start.of(x_T, decoder, opts.sampling(decoder), count := n * len(prompts))
         drawing = Drawing(
             prior,
@@ -335,14 +336,10 @@ class UnCLIP:
 
     @contextmanager
     def _resident_clip(self) -> Iterator[FrozenCLIP]:
-        clip = self._need_clip()
-        with resident([clip], self.device):
-            yield clip
-
-    def _need_clip(self) -> FrozenCLIP:
         if self.clip is None:
-            raise CheckpointError("this model has no CLIP encoder, which text and pictures need")
-        return self.clip
+            raise CheckpointError(NO_CLIP)
+        with resident([self.clip], self.device):
+            yield self.clip
 
     def need(self, name: str, purpose: str) -> Stage:
         """A stage by name. **Raises**: `CheckpointError` saying what it is needed for."""

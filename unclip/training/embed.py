@@ -164,8 +164,7 @@ class _Numbered(TorchDataset[Sample]):
         return fixed(self.dataset, number % len(self.dataset), own)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments, embed this process's shards, and finish when all are there."""
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write the CLIP image embeddings of a dataset, with captions.",
         epilog="Exit codes: 2 configuration, 3 data, 4 checkpoint.",
@@ -184,7 +183,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each")
     parser.add_argument("--seed", type=int, default=0, help="of wordings and augmentation")
-    given = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the arguments, embed this process's shards, and finish when all are there."""
+    given = _arguments(argv)
     with exit_on_error():
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
