@@ -1,4 +1,4 @@
-"""Pictures in and out: the only module that knows uint8 (Units in docs/architecture.md).
+"""Pictures in and out, and between the units that they have on disk and in networks.
 
 B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; outside, PIL.
 """

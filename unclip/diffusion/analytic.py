@@ -86,7 +86,7 @@ def interpolated(power: dict[int, float], steps: int, what: str) -> Tensor:
     if not power:
         raise ConfigError(
             f"{what} holds no statistics for the sampler 'analytic'; measure them with "
-            "`unclip measure`, or choose ddim or dpm++"
+            "`measure_power`, or choose ddim or dpm++"
         )
     at = sorted(power)
     known = torch.tensor([power[t] for t in at], dtype=torch.float64)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from unclip.conditioning import Cond
 from unclip.config import Config
 from unclip.errors import DataError
-from unclip.models.layers import Statistics, trim_text
+from unclip.models.layers import Statistics
+from unclip.models.prior import causal, encode_text
 from unclip.models.transformer import KeyValue, Transformer, TransformerConfig
 
 
@@ -156,17 +157,11 @@ class ArPrior(nn.Module):
             return cond
         if cond.text is None:
             raise ValueError("the prior needs cond.text; null text is the encoded empty string")
-        tokens, mask = trim_text(cond.text)  # (B, l, ·), (B, l)
-        length = tokens.shape[1]
-        if length > self.config.context:
-            raise ValueError(f"{length} text tokens, but context is {self.config.context}")
-        dtype = self.out.weight.dtype
-        tokens = self.text_tokens(tokens.to(dtype)) + self.position[:length]  # (B, l, W)
-        embed = self.text_embed(cond.text.embed.to(dtype)) + self.position[self.config.context]
-        x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
-        mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        return replace(cond, cache=TextPrefix(self.transformer.encode(x, mask & causal), mask))
+        positions = self.position[: self.config.context + 1]
+        past, mask = encode_text(
+            cond.text, self.text_tokens, self.text_embed, positions, self.transformer
+        )
+        return replace(cond, cache=TextPrefix(past, mask))
 
     def forward(self, numbers: Tensor, dot: Tensor, cond: Cond) -> Tensor:
         """Logits of every component from those before it; teacher forcing.
@@ -175,9 +170,8 @@ class ArPrior(nn.Module):
         """
         past, mask = self.prepare(cond).cache
         x = self._embed(numbers[:, :-1], dot)  # (B, k, W)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        causal = causal.expand(len(x), 1, -1, -1)  # (B, 1, k, k)
-        seen = torch.cat([mask.expand(-1, -1, x.shape[1], -1), causal], dim=-1)  # (B, 1, k, l+1+k)
+        own = causal(x).expand(len(x), 1, -1, -1)  # (B, 1, k, k)
+        seen = torch.cat([mask.expand(-1, -1, x.shape[1], -1), own], dim=-1)  # (B, 1, k, l+1+k)
         return self.out(self.transformer(x, seen, past))  # (B, k, V)
 
     def step(self, token: Tensor, place: int, cond: Cond) -> tuple[Tensor, Cond]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from unclip.conditioning import Cond
+from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
 from unclip.models.layers import (
     Draft,
@@ -87,16 +87,10 @@ class DiffusionPrior(nn.Module):
             return cond
         if cond.text is None:
             raise ValueError("the prior needs cond.text; null text is the encoded empty string")
-        tokens, mask = trim_text(cond.text)  # (B, l, ·), (B, l)
-        length = tokens.shape[1]
-        if length > self.config.context:
-            raise ValueError(f"{length} text tokens, but context is {self.config.context}")
-        dtype = self.out.weight.dtype
-        tokens = self.text_tokens(tokens.to(dtype)) + self.position[:length]  # (B, l, W)
-        embed = self.text_embed(cond.text.embed.to(dtype)) + self.position[-4]  # (B, W)
-        x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
-        mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
-        past = self.transformer.encode(x, mask & _causal(x))
+        positions = self.position[: self.config.context + 1]
+        past, mask = encode_text(
+            cond.text, self.text_tokens, self.text_embed, positions, self.transformer
+        )
         return replace(cond, cache=TextCache(past, mask, self.drafted(cond.text.embed)))
 
     def drafted(self, embed: Tensor) -> Tensor | None:
@@ -112,8 +106,8 @@ class DiffusionPrior(nn.Module):
         time, noised = self.time(t), self.image_embed(x.to(self.out.weight.dtype))  # (B, W)
         x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (B, 3, W)
         x = x + self.position[-3:]
-        causal = _causal(x).expand(len(x), 1, -1, -1)  # (B, 1, 3, 3)
-        mask = torch.cat([mask.expand(-1, -1, 3, -1), causal], dim=-1)  # (B, 1, 3, l + 4)
+        own = causal(x).expand(len(x), 1, -1, -1)  # (B, 1, 3, 3)
+        mask = torch.cat([mask.expand(-1, -1, 3, -1), own], dim=-1)  # (B, 1, 3, l + 4)
         x = self.transformer(x, mask, past)  # (B, 3, W)
         out = self.out(x[:, -1]).to(x_t.dtype)  # (B, D)
         if self.draft is None or draft is None:
@@ -121,6 +115,31 @@ class DiffusionPrior(nn.Module):
         return out + self.draft.share(time).to(x_t.dtype) * (draft.to(x_t.dtype) - out)
 
 
-def _causal(x: Tensor) -> Tensor:
+def encode_text(
+    text: TextEncoding,
+    to_tokens: nn.Linear,
+    to_embed: nn.Linear,
+    positions: Tensor,
+    transformer: Transformer,
+) -> tuple[list[KeyValue], Tensor]:
+    """Keys and values of a prior's text part: token states, then the text embedding.
+
+    **Shapes**: positions (context + 1, W) → past, and mask (B, 1, 1, l + 1) bool. **Raises**:
+    `ValueError` for more tokens than the context.
+    """
+    tokens, mask = trim_text(text)  # (B, l, ·), (B, l)
+    length, context = tokens.shape[1], len(positions) - 1
+    if length > context:
+        raise ValueError(f"{length} text tokens, but context is {context}")
+    dtype = to_embed.weight.dtype
+    tokens = to_tokens(tokens.to(dtype)) + positions[:length]  # (B, l, W)
+    embed = to_embed(text.embed.to(dtype)) + positions[context]  # (B, W)
+    x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
+    mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
+    return transformer.encode(x, mask & causal(x)), mask
+
+
+def causal(x: Tensor) -> Tensor:
+    """Each position sees itself and those before it. **Shapes**: (B, N, W) → (N, N) bool."""
     n = x.shape[1]
     return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
