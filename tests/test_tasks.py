@@ -338,6 +338,24 @@ def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     assert_close(other, degraded.made(batch).low_res, rtol=0, atol=0)
 
 
+def test_a_pair_counts_by_the_mean_of_its_draws(model_folder):
+    run = tiny("prior", model_folder, "draws=3", "drop.text=0")
+    clip = FrozenCLIP.load(run.clip)
+    task, batch, seen = PriorTask(run, clip), first_batch(run), []
+
+    class Zero(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            seen.append(torch.cat([x_t, t[:, None]], dim=1))
+            return torch.zeros_like(x_t)
+
+    losses = task.loss(Zero(), batch, 0)
+    x0 = task.stage.network.scale(clip.encode_image(batch.images))
+    assert_close(losses["loss"], x0.square().mean(1))  # whatever the noise, of each one's own pair
+    assert len(seen[0].unique(dim=0)) == 12  # 4 pairs, no draw twice
+    quarters = torch.stack([losses[f"mse_q{k}"] for k in range(4)])
+    assert_close(quarters.nanmean(0), losses["loss"])
+
+
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_what_workers_prepare_changes_no_loss(model_folder, stage):
     """Noise and tokens, made in the training's own process, held an accelerator up."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -100,16 +101,22 @@ class DiffusionPrior(nn.Module):
         return self.draft(self.text_scale(embed).to(self.out.weight.dtype))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """**Shapes**: x_t (B, D) scaled, t (B,) → prediction of the scaled x0 (B, D)."""
+        """One draw of (x_t, t) for each text, or n that read the same text, side by side.
+
+        **Shapes**: x_t (nB, D) scaled, t (nB,), those of one text in a row → prediction of the
+        scaled x0 (nB, D).
+        """
         past, mask, draft = self.prepare(cond).cache
-        x = x_t if draft is None else torch.cat([x_t, draft.to(x_t.dtype)], dim=1)  # (B, 2 D)
-        time, noised = self.time(t), self.image_embed(x.to(self.out.weight.dtype))  # (B, W)
-        x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (B, 3, W)
-        x = x + self.position[-3:]
-        own = causal(x).expand(len(x), 1, -1, -1)  # (B, 1, 3, 3)
-        mask = torch.cat([mask.expand(-1, -1, 3, -1), own], dim=-1)  # (B, 1, 3, l + 4)
-        x = self.transformer(x, mask, past)  # (B, 3, W)
-        out = self.out(x[:, -1]).to(x_t.dtype)  # (B, D)
+        n = len(x_t) // len(mask)
+        draft = None if draft is None else draft.repeat_interleave(n, dim=0)
+        x = x_t if draft is None else torch.cat([x_t, draft.to(x_t.dtype)], dim=1)  # (nB, 2 D)
+        time, noised = self.time(t), self.image_embed(x.to(self.out.weight.dtype))  # (nB, W)
+        x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (nB, 3, W)
+        own = torch.block_diag(*[causal(x)] * n).expand(len(mask), 1, -1, -1)  # (B, 1, 3n, 3n)
+        mask = torch.cat([mask.expand(-1, -1, 3 * n, -1), own], dim=-1)  # (B, 1, 3n, l + 1 + 3n)
+        x = rearrange(x + self.position[-3:], "(b n) s w -> b (n s) w", n=n)
+        x = rearrange(self.transformer(x, mask, past), "b (n s) w -> (b n) s w", n=n)
+        out = self.out(x[:, -1]).to(x_t.dtype)  # (nB, D)
         if self.draft is None or draft is None:
             return out
         return out + self.draft.share(time).to(x_t.dtype) * (draft.to(x_t.dtype) - out)

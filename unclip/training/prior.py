@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -46,7 +47,10 @@ from unclip.training.task import (
 
 
 class PriorRun(Config):
-    """A training run of the diffusion prior; `clip` names the frozen encoder."""
+    """A training run of the diffusion prior; `clip` names the frozen encoder.
+
+    `draws`: how many (t, noise) are drawn for each pair. The text, most of what the transformer
+    reads, is read once for all of them."""
 
     clip: Place
     data: DataConfig
@@ -54,6 +58,7 @@ class PriorRun(Config):
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     drop: DropConfig
+    draws: int = Field(1, ge=1)
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -78,13 +83,18 @@ class PriorTask:
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each pair. **Shapes**: → (B,)."""
-        ids = batch.ids
+        ids, n = batch.ids, self.run.draws
         z_image = embeddings_of(self.clip, batch)
         cond = Cond(text=self.clip.encode_text(batch.text))
         cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", ids, z_image))
-        x0 = self.stage.network.scale(z_image)  # (B, D)
-        t, noise = draw(self.run, ids, x0, batch.noise)
-        return self.stage.diffusion.loss(model, x0, cond, t, noise)
+        x0 = self.stage.network.scale(z_image).repeat_interleave(n, dim=0)  # (nB, D)
+        draws = (ids[:, None] * n + torch.arange(n)).flatten()  # each its own number
+        t, noise = draw(self.run, draws, x0, batch.noise)
+        losses = self.stage.diffusion.loss(model, x0, cond, t, noise)
+        return {  # of a pair's draws; what nan marks in the other entries counts for nothing
+            name: value.view(-1, n).mean(1) if name == "loss" else value.view(-1, n).nanmean(1)
+            for name, value in losses.items()
+        }
 
     def preview(self, model: Any) -> Image.Image | None:
         """Each row: a validation picture, then those nearest to what its caption gave."""
@@ -143,6 +153,7 @@ def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
             seed, drop = run.train.seed, run.drop.text
             fit_draft(task.stage.network, clip, dataset, seed, drop, accelerator.autocast)
 
-    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer)
+    shape = task.stage.shape if run.draws == 1 else None  # else drawn as many times
+    made = Prepared(run.train.seed, shape, clip.towers.tokenizer)
     batches_from = stream(dataset, run, accelerator, made)
     return fit(task, batches_from, run.train, run, accelerator, begin)
