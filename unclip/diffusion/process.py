@@ -75,11 +75,8 @@ class GaussianDiffusion:
             "mean_xt": self.posterior_mean_xt,
             "log_small": small.log(),
             "log_large": self.betas.log(),
+            "weight": loss_weights(config.weight, config.target, self.alpha_bar, config.bias),
         }
-        if config.weight != "target":
-            values["weight"] = loss_weights(
-                config.weight, config.target, self.alpha_bar, config.bias
-            )
         # By device, so that looking up makes no host wait for an accelerator.
         self._tables = {torch.device("cpu"): {name: row.float() for name, row in values.items()}}
 
@@ -143,8 +140,7 @@ class GaussianDiffusion:
         mse = _mean((prediction - self.target(x0, t, noise)) ** 2)
         quarter = (t * 4 // self.config.steps).to(mse.device)
         by_time = {f"mse_q{k}": mse.where(quarter == k, torch.nan) for k in range(4)}
-        if self.config.weight != "target":
-            mse = mse * self._at("weight", t, mse)
+        mse = mse * self._at("weight", t, mse)
         if variance is None:
             return {"loss": mse, **by_time}
         # The mean is detached: L_vlb must teach the variance only.

@@ -7,7 +7,7 @@ tokens, text embedding, time, noised image embedding, query.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +86,8 @@ class DiffusionPrior(nn.Module):
         """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
         if cond.cache is not None:
             return cond
-        if cond.text is None:
-            raise ValueError("the prior needs cond.text; null text is the encoded empty string")
-        positions = self.position[: self.config.context + 1]
-        past, mask = encode_text(
-            cond.text, self.text_tokens, self.text_embed, positions, self.transformer
-        )
-        return replace(cond, cache=TextCache(past, mask, self.drafted(cond.text.embed)))
+        text, past, mask = encode_text(self, cond)
+        return replace(cond, cache=TextCache(past, mask, self.drafted(text.embed)))
 
     def drafted(self, embed: Tensor) -> Tensor | None:
         """The draft of raw text embeddings, if there is one. **Shapes**: (B, D) → (B, D)."""
@@ -122,28 +117,25 @@ class DiffusionPrior(nn.Module):
         return out + self.draft.share(time).to(x_t.dtype) * (draft.to(x_t.dtype) - out)
 
 
-def encode_text(
-    text: TextEncoding,
-    to_tokens: nn.Linear,
-    to_embed: nn.Linear,
-    positions: Tensor,
-    transformer: Transformer,
-) -> tuple[list[KeyValue], Tensor]:
-    """Keys and values of a prior's text part: token states, then the text embedding.
+def encode_text(prior: Any, cond: Cond) -> tuple[TextEncoding, list[KeyValue], Tensor]:
+    """The text, its keys and values in a prior of either kind (token states, then the text
+    embedding), and which of these are there.
 
-    **Shapes**: positions (context + 1, W) → past, and mask (B, 1, 1, l + 1) bool. **Raises**:
-    `ValueError` for more tokens than the context.
+    **Shapes**: → mask (B, 1, 1, l + 1) bool. **Raises**: `ValueError` without text, or for more
+    tokens than the context.
     """
+    if (text := cond.text) is None:
+        raise ValueError("the prior needs cond.text; null text is the encoded empty string")
     tokens, mask = trim_text(text)  # (B, l, ·), (B, l)
-    length, context = tokens.shape[1], len(positions) - 1
+    length, context = tokens.shape[1], prior.config.context
     if length > context:
         raise ValueError(f"{length} text tokens, but context is {context}")
-    dtype = to_embed.weight.dtype
-    tokens = to_tokens(tokens.to(dtype)) + positions[:length]  # (B, l, W)
-    embed = to_embed(text.embed.to(dtype)) + positions[context]  # (B, W)
+    dtype = prior.text_embed.weight.dtype
+    tokens = prior.text_tokens(tokens.to(dtype)) + prior.position[:length]  # (B, l, W)
+    embed = prior.text_embed(text.embed.to(dtype)) + prior.position[context]  # (B, W)
     x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
     mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
-    return transformer.encode(x, mask & causal(x)), mask
+    return text, prior.transformer.encode(x, mask & causal(x)), mask
 
 
 def causal(x: Tensor) -> Tensor:
