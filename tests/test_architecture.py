@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "diffusion", "clip"),
     ("stages",),
     ("interop", "data"),
-    ("sources", "options", "drawing"),
+    ("sources", "options", "reader", "drawing"),
     ("edit",),
     ("pipeline", "training"),
     ("assemble", "evaluation"),

@@ -88,10 +88,6 @@ class TowersTask:
         self.towers, self.preprocess, self.encoder = towers, preprocess, encoder
         self.product = self.model = towers.model
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The loss of each pair, and its parts. **Shapes**: → (B,)."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Image.Image | None:
         """Similarity of validation pictures (rows) and captions; scores go to val.jsonl."""

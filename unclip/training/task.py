@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -116,14 +115,6 @@ class StageTask:
         diffusion = GaussianDiffusion(self.run.diffusion)
         return Stage(self.name, self.model, diffusion, self.run.sampling, encoder)
 
-    def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The loss of each sample. **Shapes**: → (B,)."""
-        raise NotImplementedError
-
-    def preview(self, model: Any) -> Image.Image | None:
-        """What the model draws, beside what it should."""
-        raise NotImplementedError
-
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
         return self.stage.describe()
@@ -167,8 +158,8 @@ def train(
             accumulate=run.train.accumulate,
             crop=run.data.crop,
             workers=run.data.workers,
+            made=made,
             pin=accelerator.device.type == "cuda",
-            **({} if made is None else {"made": made}),
         )
 
     return fit(task, stream, run.train, run, accelerator, begin)
