@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from unclip.cli import main
 from unclip.precision import computes_in_bf16
-from unclip.stages.kinds import kind_of
 from unclip.training import counting
 from unclip.training import plan as planning
 from unclip.training.counting import step_needs
@@ -30,7 +29,7 @@ SMALL = {
 
 def measured_peak(run: Any, micro: int) -> int:
     """Bytes beyond weights, gradients and inputs at the peak of one step on the CPU."""
-    network = kind_of(run.model).network(run.model)
+    network = counting.network_of(run)
     inputs = counting.inputs_of(run, micro)
     for parameter in network.parameters():
         if parameter.requires_grad:

@@ -72,10 +72,7 @@ MID = {False: "UNetMidBlock2D", True: "UNetMidBlock2DSimpleCrossAttn"}
 
 @dataclass
 class Reader:
-    """One of their configurations; `close` refuses what nobody asked for.
-
-    `where` names the file in errors.
-    """
+    """One of their configurations, in the file `where`; `close` refuses what nobody asked for."""
 
     data: Mapping[str, Any]
     where: str
@@ -126,13 +123,10 @@ def prior_config(data: Mapping[str, Any], where: str) -> PriorConfig:
     theirs = Reader(data, where)
     heads, per_head = theirs.get("num_attention_heads", 32), theirs.get("attention_head_dim", 64)
     embed = theirs.get("embedding_dim", 768)
-    for key, same in (
-        ("time_embed_dim", heads * per_head),
-        ("embedding_proj_dim", embed),
-        ("clip_embed_dim", embed),
-    ):
-        if theirs.get(key, None) is not None:  # None stands for the same
-            theirs.get(key, among=[same])
+    width = heads * per_head
+    same = {"time_embed_dim": width, "embedding_proj_dim": embed, "clip_embed_dim": embed}
+    for key, value in same.items():
+        theirs.get(key, None, [value, None])  # None stands for the same
     layers, context = theirs.get("num_layers", 20), theirs.get("num_embeddings", 77)
     theirs.close(PRIOR_FIXED)
     return theirs.build(
@@ -140,7 +134,7 @@ def prior_config(data: Mapping[str, Any], where: str) -> PriorConfig:
         embed=embed,
         text_width=embed,
         context=context,
-        transformer={"width": heads * per_head, "layers": layers, "heads": heads},
+        transformer={"width": width, "layers": layers, "heads": heads},
         scale={"kind": "whiten"},
     )
 
@@ -179,10 +173,7 @@ def decoder_config(
 
 
 def upsampler_config(data: Mapping[str, Any], low: int, where: str) -> UpsamplerConfig:
-    """`UNet2DModel` to ours; `low` is the size it was trained to enlarge, which it doesn't say.
-
-    **Raises**: `CheckpointError` naming what is not supported.
-    """
+    """`UNet2DModel`, which doesn't say `low`, to ours. **Raises**: `CheckpointError` naming why not."""
     theirs = Reader(data, where)
     theirs.get("in_channels", among=[6])
     theirs.get("out_channels", among=[3])
@@ -272,10 +263,7 @@ def to_prior(config: PriorConfig) -> Theirs:
 
 
 def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
-    """`UNet2DConditionModel` and `UnCLIPTextProjModel`.
-
-    **Raises**: `ConfigError` naming what they don't have.
-    """
+    """`UNet2DConditionModel`, `UnCLIPTextProjModel`. **Raises**: `ConfigError` for other things."""
     unet = config.unet
     _express(
         "decoder",
@@ -324,10 +312,7 @@ def to_upsampler(config: UpsamplerConfig) -> Theirs:
 
 
 def to_scheduler(stage: str, config: DiffusionConfig, bound: float | None) -> Theirs:
-    """`UnCLIPScheduler`; `bound` is that on x_0.
-
-    **Raises**: `ConfigError` naming what it doesn't have.
-    """
+    """`UnCLIPScheduler`, `bound` on x_0. **Raises**: `ConfigError` naming what it doesn't have."""
     predictions = {ours: theirs for theirs, ours in TARGETS.items()}
     target = config.target if config.target in predictions else "eps or x0"
     _express(

@@ -10,7 +10,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import (
 )
 
 from unclip.conditioning import Cond, TextEncoding
+from unclip.config import Config
 from unclip.stages.kinds import kind_of
 from unclip.training.ar_prior import ArPriorRun
 from unclip.training.prior import PriorRun
@@ -46,7 +47,7 @@ def step_needs(run: Any, micro: int, checkpointing: bool) -> StepNeeds:
     config = with_checkpointing(run.model.model_dump(), checkpointing)
     model = type(run.model).model_validate(config)
     with FakeTensorMode(), _Peak() as peak, flop_counter() as flops:
-        network = kind_of(model).network(model)
+        network = network_of(run, model)
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -159,6 +160,12 @@ def inputs_of(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
         return torch.zeros(n, model.embed), t, Cond(text=text)
     x_t = torch.zeros(n, 3, model.resolution, model.resolution)
     return x_t, t, Cond(image_embed=torch.zeros(n, model.embed), text=text)
+
+
+def network_of(run: Any, model: Config | None = None) -> nn.Module:
+    """The network that a run trains, or one of another configuration of its kind."""
+    config = model or run.model
+    return kind_of(config).network(config)
 
 
 def with_checkpointing(config: Any, on: bool) -> Any:

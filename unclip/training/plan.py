@@ -6,17 +6,20 @@ The network's own training step is counted (`counting`), not a formula.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unclip.config import Config, flat, load_config, read_yaml
+import torch
+
+from unclip.config import Config, load_config, read_yaml
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.stages.kinds import build, kind_of_keys
+from unclip.stages.kinds import kind_of_keys
 from unclip.text import markdown_table
 from unclip.training.ar_prior import ArPriorRun
-from unclip.training.counting import step_needs
+from unclip.training.counting import network_of, step_needs
 from unclip.training.decoder import DecoderRun
 from unclip.training.prior import PriorRun
 from unclip.training.sharding import largest_unit
@@ -104,10 +107,11 @@ def plan(
     run = _load(path, overrides)
     train = run.train
     micro = micro_batch(train.batch, train.accumulate, gpus)
-    settings = flat(run.model.model_dump()).items()
-    asked = any(on for name, on in settings if name.endswith("checkpointing"))
+    config = run.model.model_dump()
+    asked = any(_checkpointing(config))
     plain, again = (step_needs(run, micro, on) for on in (False, True))
-    network = build(run.model)
+    with torch.device("meta"):
+        network = network_of(run)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(t.numel() for t in network.state_dict().values()) - trained
     share = gpus // machines if shard else 1
@@ -194,3 +198,11 @@ def _load(path: str | Path, overrides: list[str]) -> Any:
     if kind is None:
         raise ConfigError(f"{path} is no configuration of a prior, a decoder or an upsampler")
     return load_config(path, overrides, RUNS[kind.name])
+
+
+def _checkpointing(config: Any) -> Iterator[bool]:
+    for key, value in config.items():
+        if key == "checkpointing":
+            yield value
+        elif isinstance(value, dict):
+            yield from _checkpointing(value)
