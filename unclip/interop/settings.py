@@ -173,7 +173,7 @@ def decoder_config(
 
 
 def upsampler_config(data: Mapping[str, Any], low: int, where: str) -> UpsamplerConfig:
-    """`UNet2DModel`, which doesn't say `low`, to ours. **Raises**: `CheckpointError` naming why not."""
+    """`UNet2DModel`, which doesn't say `low`, to ours. **Raises**: `CheckpointError`."""
     theirs = Reader(data, where)
     theirs.get("in_channels", among=[6])
     theirs.get("out_channels", among=[3])
