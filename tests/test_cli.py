@@ -26,6 +26,7 @@ from unclip.cli.arguments import expanded
 from unclip.cli.output import slug
 from unclip.cli.shell import default_model
 from unclip.files.disk import write_new
+from unclip.files.find import resolve_folder
 from unclip.images import fit_square, to_tensor
 from unclip.sources import Source
 
@@ -324,17 +325,17 @@ def test_a_missing_model_exits_4(run, tmp_path):
 
 
 def test_missing_shipped_weights_are_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
+    monkeypatch.setattr("unclip.shipped.PACKAGE", tmp_path / "unclip")
     code, _, err = run("text", "x", "--out", tmp_path / "o", model=None)
     assert code == 4 and "--model" in err and str(Path("weights/emoji")) in err
 
 
-@pytest.mark.parametrize("place", ["unclip/weights/emoji", "weights/emoji"])
+@pytest.mark.parametrize("place", ["unclip/share/weights/emoji", "weights/emoji"])
 def test_shipped_weights_are_found_in_a_wheel_and_in_a_clone(tmp_path, monkeypatch, place):
-    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
+    monkeypatch.setattr("unclip.shipped.PACKAGE", tmp_path / "unclip")
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "unclip.json").write_text("{}")
-    assert default_model() == tmp_path / place
+    assert default_model() == resolve_folder("weights/emoji") == tmp_path / place
 
 
 def test_truncated_weights_exit_4(run, tmp_path, pipe):

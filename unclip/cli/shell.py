@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli.arguments import Asked, by_stage
 from unclip.errors import CheckpointError, ConfigError
+from unclip.shipped import shipped
 
 if TYPE_CHECKING:
     import torch
@@ -110,18 +111,15 @@ def square(count: int) -> int:
 
 
 def default_model() -> Path:
-    """The shipped weights: in an installed package inside it, in a clone beside it.
+    """The shipped weights. **Raises**: `CheckpointError` if they are not there."""
+    from unclip.files.folder import INDEX
 
-    **Raises**: `CheckpointError` if they are in neither place.
-    """
-    package = Path(__file__).resolve().parents[1]
-    places = [package / "weights" / "emoji", package.parent / "weights" / "emoji"]
-    for place in places:
-        if (place / "unclip.json").is_file():
-            return place
-    raise CheckpointError(
-        f"the shipped weights are not at {places[1]}; name a model folder or a run with --model"
-    )
+    place = shipped("weights/emoji")
+    if not (place / INDEX).is_file():
+        raise CheckpointError(
+            f"the shipped weights are not at {place}; name a model folder or a run with --model"
+        )
+    return place
 
 
 def to_device(name: str) -> torch.device:
