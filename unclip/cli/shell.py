@@ -25,9 +25,9 @@ class Making:
     """A verb's way from what was asked to pictures on disk: `pipe` makes them, with `options` and
     from `seed` on; `save` writes them as they are ready.
 
-    `count` says how many there will be, `meant_for` which kind of stage single values of options
-    are for; `more` are options that not every verb has, and `source` names what is worked on;
-    `exact` draws from inverted noise.
+    `count` says how many there will be (None: whoever asks writes them), `meant_for` which kind of
+    stage single values of options are for; `more` are options that not every verb has, and `source`
+    names what is worked on; `exact` draws from inverted noise.
 
     **Raises**: `ConfigError` where nothing can be written, before the model is loaded, or for
     options that it can't follow; `CheckpointError`.
@@ -37,7 +37,7 @@ class Making:
         self,
         verb: str,
         asked: Asked,
-        count: int = 1,
+        count: int | None = 1,
         *,
         meant_for: str = "decoder",
         source: str | None = None,
@@ -49,7 +49,8 @@ class Making:
 
         from unclip.cli.output import Writer
 
-        self.writer = Writer(asked.out, count)
+        if count is not None:
+            self.writer = Writer(asked.out, count, asked.form)
 
         from unclip.files.find import resolve_folder
 

@@ -76,7 +76,8 @@ def new(folder: Path, data: str, machine: Machine) -> dict[Path, str]:
     for file, source in sources.items():
         if source is not None:  # a GPU's stack has a public CLIP
             text = _body(source.read_text(encoding="utf-8"))
-            changes = {"data.train": data, "data.val": None, "train.out": str(file.with_suffix(""))}
+            changes: dict[str, Any] = {"data.train": data, "data.val": None}
+            changes["train.out"] = str(file.with_suffix(""))
             changes |= {"train.accumulate": 1} if target.gpus > 1 else {}
             changes |= _of_own_encoder(file, encoder, pictures) if encoder else {}
             for key, value in changes.items():
