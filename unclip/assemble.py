@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.disk import check_writable, from_home
 from unclip.files.folder import INDEX
@@ -34,7 +35,7 @@ def assemble(
     if (out / INDEX).exists():
         raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
     check_writable(out, "--out")
-    encoder = Source(clip).need_clip() if clip is not None else None
+    encoder = FrozenCLIP.load(str(clip)) if clip is not None else None
     chosen = [stage for source in upsamplers for stage in _upsamplers(source)]
     names = [stage.name for stage in chosen]
     for name in names:

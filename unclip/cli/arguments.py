@@ -17,7 +17,9 @@ from unclip.text import meant
 SEEDS = 2**63 - 1
 Dtype = Literal["fp32", "fp16", "bf16"]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
-Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
+Prompts = Annotated[
+    list[str] | None, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")
+]
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 N = Annotated[int, typer.Option("--n", min=1, help="Pictures for each prompt, or each input.")]
@@ -40,7 +42,11 @@ Prior = Annotated[
     ),
 ]
 Tile = Annotated[int | None, typer.Option(help="Upsample in tiles of this side: less memory.")]
-Out = Annotated[Path, typer.Option(help="A folder, or a .png file for a single picture.")]
+Out = Annotated[Path, typer.Option(help="A folder, or a file for a single picture.")]
+Format = Annotated[
+    Literal["png", "webp", "jpg"] | None,
+    typer.Option("--format", help="Of the files [default: png, or as --out ends]."),
+]
 MODEL = "A model folder, a run or a hub id [default: the shipped weights]."
 Model = Annotated[Path | None, typer.Option(help=MODEL)]
 ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL)]
@@ -70,6 +76,7 @@ class Asked:
     sampler: Sampler = None
     tile: Tile = None
     out: Out = Path("out")
+    form: Format = None
     model: Model = None
     variant: Variant = None
     device: Device = "auto"

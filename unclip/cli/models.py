@@ -34,7 +34,9 @@ def info(folder: ModelArgument = None, variant: Variant = None) -> None:
 
 def assemble(
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    clip: Annotated[Path | None, typer.Option(help="Run or model folder of the encoder.")] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Run or model folder of the encoder, or open_clip's name.")
+    ] = None,
     prior: Annotated[Path | None, typer.Option(help="Run or model folder of the prior.")] = None,
     decoder: Annotated[
         Path | None, typer.Option(help="Run or model folder of the decoder.")
