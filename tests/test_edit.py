@@ -16,6 +16,7 @@ from parity import randomise
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import fit_square, psnr, to_tensor
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
@@ -266,8 +267,7 @@ def test_priors_are_chosen_by_name():
         pipe.text_to_embedding(APPLE, prior="none")
 
 
-def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
-    pipe = tiny_pipeline()
+def tiny_ar_prior(clip: FrozenCLIP) -> ArStage:
     network = ArPrior(
         ArPriorConfig(
             embed=WIDTH,
@@ -283,7 +283,12 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
     generator = torch.Generator().manual_seed(0)
     network.quantizer.fit(*(torch.randn(200, WIDTH, generator=generator) for _ in range(2)))
     network.eval().requires_grad_(False)
-    pipe.ar_prior = ArStage.of(network, ArSamplingConfig(guidance=2.0), pipe.clip.fingerprint)
+    return ArStage.of(network, ArSamplingConfig(guidance=2.0), clip.fingerprint)
+
+
+def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.ar_prior = tiny_ar_prior(pipe.clip)
     pipe.save_pretrained(tmp_path)
     again = UnCLIP.from_pretrained(tmp_path)
     same(again.text_to_image(APPLE, size=16)[0], tiny_pipeline().text_to_image(APPLE, size=16)[0])

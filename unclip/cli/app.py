@@ -42,6 +42,7 @@ for verb in (
     models.convert,
     training.plan,
     evaluation.evaluate,
+    evaluation.experiment,
 ):
     app.command()(expanded(verb))
 

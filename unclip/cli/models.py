@@ -36,6 +36,9 @@ def assemble(
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     clip: Annotated[Path | None, typer.Option(help="Run or model folder of the encoder.")] = None,
     prior: Annotated[Path | None, typer.Option(help="Run or model folder of the prior.")] = None,
+    ar_prior: Annotated[
+        Path | None, typer.Option(help="Run or model folder of the autoregressive prior.")
+    ] = None,
     decoder: Annotated[
         Path | None, typer.Option(help="Run or model folder of the decoder.")
     ] = None,
@@ -47,7 +50,7 @@ def assemble(
     """Collect stages from runs (their newest averaged weights) into one model folder."""
     from unclip.assemble import assemble as collect
 
-    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype))
+    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype), ar_prior)
     print(out)
 
 
