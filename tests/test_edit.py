@@ -243,6 +243,18 @@ def test_a_negative_prompt_leads_away_in_prior_and_decoder():
     assert distance(*made) > 0.01
 
 
+def test_what_guides_the_decoder_is_asked_for_by_call(pipe):
+    """The tiny decoder's guidance is 2."""
+    plain = pipe.text_to_image(APPLE, size=16)[0]
+    same(pipe.text_to_image(APPLE, size=16, text_guidance=2.0, interval=(0, 1))[0], plain, levels=1)
+    for option in ({"text_guidance": 4.0}, {"interval": (0.9, 1)}, {"threshold": 0.9}):
+        assert distance(pipe.text_to_image(APPLE, size=16, **option)[0], plain) > 0.003
+        with pytest.raises(ConfigError, match="no effect here"):
+            pipe.upscale(picture(), **option)
+        with pytest.raises(ConfigError, match="no effect here"):
+            pipe.text_to_embedding(APPLE, **option)
+
+
 def test_priors_are_chosen_by_name():
     pipe = tiny_pipeline()
     config = pipe.prior.config.model_copy(update={"draft": DraftConfig(width=16, blocks=1)})
@@ -326,6 +338,8 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
         (lambda p: p.reconstruct([picture(), picture()]), "2 pictures"),
         (lambda p: p.reconstruct(picture(), sampler="dpm++", eta=0.5), "ddim"),
         (lambda p: p.variations(picture(), prior="text"), "no effect"),
+        (lambda p: p.text_to_image(APPLE, interval=(0.5, 0.1)), "interval"),
+        (lambda p: p.reconstruct(picture(), threshold=0.9), "threshold needs clip"),
         (lambda p: p.upscale(picture(), negative_prompt=APPLE), "no effect"),
     ],
 )
