@@ -40,6 +40,7 @@ for verb in (
     models.info,
     models.assemble,
     models.convert,
+    models.measure,
     training.plan,
     evaluation.evaluate,
     evaluation.experiment,

@@ -26,7 +26,9 @@ Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels [default: 
 BY_STAGE = "One value for the decoder, or by stage: prior=…,decoder=…,upsampler_256=…"
 Steps = Annotated[str | None, typer.Option(help=f"Sampling steps. {BY_STAGE}")]
 Guidance = Annotated[str | None, typer.Option(help=f"Guidance scale, 1 is off. {BY_STAGE}")]
-Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. {BY_STAGE}")]
+Sampler = Annotated[
+    str | None, typer.Option(help=f"ddpm, ddim, dpm++, unipc or analytic. {BY_STAGE}")
+]
 Interval = Annotated[
     str | None,
     typer.Option(help="Guide the decoder in a part of time only, as 0.2,0.8; 1 is pure noise."),

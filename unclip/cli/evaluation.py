@@ -135,7 +135,8 @@ def evaluate(
 
 def experiment(
     name: Annotated[
-        Literal["priors"], typer.Argument(metavar="NAME", help="What docs/evaluation.md lists.")
+        Literal["priors", "samplers", "reranking", "pca", "binding", "typography", "linear"],
+        typer.Argument(help="See docs/evaluation.md."),
     ],
     model: ModelArgument = None,
     *,

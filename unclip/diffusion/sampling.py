@@ -38,7 +38,7 @@ class SamplingConfig(Config):
     interval: tuple[float, float] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     clip: float | None = 1.0
-    threshold: float | None = Field(None, gt=0, le=1)
+    threshold: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:

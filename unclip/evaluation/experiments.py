@@ -7,8 +7,19 @@ from pathlib import Path
 
 from unclip.evaluation.findings import Findings
 from unclip.evaluation.priors import compare_priors
+from unclip.evaluation.probes import binding, linear, pca, typography
+from unclip.evaluation.reranking import reranking
+from unclip.evaluation.samplers import compare_samplers
 from unclip.evaluation.setting import Request
 from unclip.pipeline import UnCLIP
 
 Experiment = Callable[[UnCLIP, str, Request, Path], Findings]
-EXPERIMENTS: dict[str, Experiment] = {"priors": compare_priors}
+EXPERIMENTS: dict[str, Experiment] = {
+    "priors": compare_priors,
+    "samplers": compare_samplers,
+    "reranking": reranking,
+    "pca": pca,
+    "binding": binding,
+    "typography": typography,
+    "linear": linear,
+}

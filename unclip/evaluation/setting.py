@@ -20,12 +20,15 @@ from torch import Tensor
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.data.kept import cache_folder
-from unclip.errors import CheckpointError, ConfigError
+from unclip.data.open import open_dataset
+from unclip.data.sample import fixed
+from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.evaluation.drawings import Kept
 from unclip.evaluation.features import Remembered, clip_features, open_features
-from unclip.evaluation.subjects import EMOJI_WORDING, Subjects, Wording, read_subjects
-from unclip.images import to_tensor, to_uint8
+from unclip.evaluation.subjects import EMOJI_WORDING, Subjects, Wording, caption_of, read_subjects
+from unclip.images import to_pil, to_tensor, to_uint8
 from unclip.pipeline import UnCLIP
+from unclip.randomness import permutation
 
 REFERENCES = 20_000  # training pictures that are looked at
 DISTRIBUTION = 4_000  # of them, those that stand for the distribution
@@ -164,3 +167,31 @@ def _open_eyes(
             raise ConfigError(f"{name}: this is the CLIP that the model samples with")
     folder = cache_folder("features")
     return {name: stack.enter_context(Remembered(x, folder)) for name, x in networks.items()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Captions of a data set with their pictures, at the decoder's size, and these's embeddings.
+
+    **Shapes**: z_image (N, D) raw.
+    """
+
+    captions: list[str]
+    pictures: list[Image.Image]
+    z_image: Tensor
+
+
+def read_pairs(pipe: UnCLIP, request: Request) -> Pairs:
+    """The first held-out pictures in a fixed shuffled order, or the first of all.
+
+    **Raises**: `CheckpointError` without decoder or encoder, `DataError` for fewer than four.
+    """
+    side, spec = pipe.need("decoder", "experiments").side, request.held or request.data
+    dataset = open_dataset(spec, side)
+    if len(dataset) < LEAST_HELD_OUT:
+        raise DataError(f"{spec} holds {len(dataset)} pictures; {LEAST_HELD_OUT} are needed")
+    order = permutation(0, 0, len(dataset))[: request.limit].tolist()
+    samples = [fixed(dataset, k) for k in order]
+    captions = [caption_of(dataset, k, s) for k, s in zip(order, samples, strict=True)]
+    pictures = [to_pil(sample.image) for sample in samples]
+    return Pairs(captions, pictures, pipe.encode_image(pictures).float())
