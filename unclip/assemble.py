@@ -23,6 +23,7 @@ def assemble(
     decoder: str | Path | None,
     upsamplers: Sequence[str | Path],
     dtype: torch.dtype = torch.float32,
+    ar_prior: str | Path | None = None,
 ) -> UnCLIP:
     """Take each stage from a run's newest checkpoint or a folder, ours or Karlo's, and write `out`.
 
@@ -30,7 +31,7 @@ def assemble(
     `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
     """
     out = from_home(out)
-    if not any([clip, prior, decoder, upsamplers]):
+    if not any([clip, prior, ar_prior, decoder, upsamplers]):
         raise ConfigError("nothing to assemble: name at least one of clip, prior, decoder, …")
     if (out / INDEX).exists():
         raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
@@ -46,6 +47,7 @@ def assemble(
         Source(prior).stage("prior").load() if prior is not None else None,
         Source(decoder).stage("decoder").load() if decoder is not None else None,
         chosen,
+        ar_prior=Source(ar_prior).stage("ar_prior").load() if ar_prior is not None else None,
     )
     try:
         pipe.save_pretrained(out, dtype)

@@ -25,7 +25,7 @@ from unclip.drawing import Start
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_pictures, as_seeds
-from unclip.options import BY_STAGE, Options
+from unclip.options import BY_STAGE, DECODERS, Options
 from unclip.progress import Progress, steps_of
 from unclip.reader import Reader
 from unclip.stages import decoder as decoders
@@ -329,5 +329,5 @@ def _one(image: Picture) -> Image:
 def _of_priors(opts: Options) -> Options:
     """Of a decoder's options, those that embeddings of text have a use for."""
     named = {key: value for key in BY_STAGE if isinstance(value := getattr(opts, key), dict)}
-    mine: dict[str, Any] = dict.fromkeys(BY_STAGE) | named
-    return replace(opts, size=None, tile=None, candidates=1, eta=None, **mine)
+    mine: dict[str, Any] = dict.fromkeys((*BY_STAGE, *DECODERS, "size", "tile", "eta")) | named
+    return replace(opts, candidates=1, **mine)

@@ -43,8 +43,10 @@ for verb in (
     training.train,
     training.configs,
     training.new,
+    models.measure,
     training.plan,
     evaluation.evaluate,
+    evaluation.experiment,
 ):
     # A stage's own options go to its own parser, --help among them.
     passed_on = {"ignore_unknown_options": True, "help_option_names": []}

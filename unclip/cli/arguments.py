@@ -28,7 +28,21 @@ Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels [default: 
 BY_STAGE = "One value for the decoder, or by stage: prior=…,decoder=…,upsampler_256=…"
 Steps = Annotated[str | None, typer.Option(help=f"Sampling steps. {BY_STAGE}")]
 Guidance = Annotated[str | None, typer.Option(help=f"Guidance scale, 1 is off. {BY_STAGE}")]
-Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. {BY_STAGE}")]
+Sampler = Annotated[
+    str | None, typer.Option(help=f"ddpm, ddim, dpm++, unipc or analytic. {BY_STAGE}")
+]
+Interval = Annotated[
+    str | None,
+    typer.Option(help="Guide the decoder in a part of time only, as 0.2,0.8; 1 is pure noise."),
+]
+TextGuidance = Annotated[
+    float | None,
+    typer.Option(help="The decoder's guidance by the caption; --guidance is the embedding's then."),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Scale the decoder's x_0 so that this share stays in range, as 0.99."),
+]
 Negative = Annotated[
     str | None,
     typer.Option("--negative", parser=meant, help="A prompt to be guided away from."),
@@ -74,6 +88,9 @@ class Asked:
     steps: Steps = None
     guidance: Guidance = None
     sampler: Sampler = None
+    interval: Interval = None
+    text_guidance: TextGuidance = None
+    threshold: Threshold = None
     tile: Tile = None
     out: Out = Path("out")
     form: Format = None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.arguments import Asked, by_stage
+from unclip.cli.arguments import Asked, by_stage, numbers
 from unclip.errors import CheckpointError, ConfigError
 from unclip.shipped import shipped
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+OWN = ("text_guidance", "threshold")  # the decoder's, and as they were said
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -69,7 +70,9 @@ class Making:
             from unclip.edit import exact as as_inverted
 
             self.pipe = as_inverted(self.pipe)
-        named |= {"size": asked.size, "tile": asked.tile}
+        named |= {name: getattr(asked, name) for name in ("size", "tile", *OWN)}
+        if asked.interval is not None:
+            named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
 

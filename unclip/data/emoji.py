@@ -92,6 +92,10 @@ class Emoji:
         """The canonical caption, with which validation is done."""
         return canonical_caption(self.records[index])
 
+    def attributes(self, index: int) -> dict[str, str]:
+        """What picture `index` is one of."""
+        return {name: self.records[index][name] for name in ("style", "group")}
+
     def has_fluent_sibling(self, index: int) -> bool:
         """Whether a Fluent picture has its concept in *another* Fluent set in training.
 

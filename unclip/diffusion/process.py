@@ -7,6 +7,7 @@ paper. One object serves embeddings (B, D) and images (B, C, H, W): every functi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -54,10 +55,11 @@ class GaussianDiffusion:
 
     The schedule is held in float64 on the CPU, ᾱ as products of float32 numbers, which is how the
     published networks had it in training and sampling; whatever is computed from it is float32.
+    `power` is what was measured of a network on it, E‖ε_θ‖²/d by timestep (see `analytic`).
     """
 
-    def __init__(self, config: DiffusionConfig):
-        self.config = config
+    def __init__(self, config: DiffusionConfig, power: Mapping[int, float] | None = None):
+        self.config, self.power = config, dict(power or {})
         self.betas = betas(config.schedule, config.steps)
         alphas = 1 - self.betas
         self.alpha_bar = (1 - self.betas.float()).cumprod(0).double()
