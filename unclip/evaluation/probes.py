@@ -133,8 +133,9 @@ def _given(request: Request) -> dict[str, Any]:
     return {k: v for k, v in request.options.items() if v is not None and k != "prior"}
 
 
-def with_word(picture: Image.Image, word: str) -> Image.Image:
-    """A picture with a word written across it, as large as fits, on a strip of white."""
+def with_word(picture: Image.Image, word: str, ink: str = "black") -> Image.Image:
+    """A picture with a word written across it, as large as fits, on a strip of white; in white ink
+    it is the strip alone, which hides as much."""
     image = picture.copy()
     draw, size = ImageDraw.Draw(image), image.height // 3
     while size > 6 and ImageFont.load_default(size).getlength(word) > 0.95 * image.width:
@@ -142,7 +143,7 @@ def with_word(picture: Image.Image, word: str) -> Image.Image:
     font, middle = ImageFont.load_default(size), image.height // 2
     left = (image.width - font.getlength(word)) / 2
     draw.rectangle([0, middle - size * 0.7, image.width, middle + size * 0.7], fill="white")
-    draw.text((left, middle - size * 0.6), word, "black", font)
+    draw.text((left, middle - size * 0.6), word, ink, font)
     return image
 
 
@@ -161,11 +162,15 @@ def typography(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findin
     if len(first) < 2:
         raise ConfigError("a word for something else needs captions of two names or more")
     words = [first[(first.index(name) + 1) % len(first)] for name in names]
-    attacked = [with_word(*both) for both in zip(pairs.pictures, words, strict=True)]
+    attacked, blank = (
+        [with_word(*both, ink) for both in zip(pairs.pictures, words, strict=True)]
+        for ink in ("black", "white")
+    )
     z_text = F.normalize(pipe.encode_text([request.wording.plain(n) for n in first]).float(), dim=1)
     own, other = (torch.tensor([first.index(n) for n in them]) for them in (names, words))
     rows = {}
-    for what, pictures in (("as it is", pairs.pictures), ("with the word", attacked)):
+    shown = {"as it is": pairs.pictures, "an empty strip": blank, "the word on it": attacked}
+    for what, pictures in shown.items():
         z = F.normalize(pipe.encode_image(pictures).float(), dim=1)
         chance = (z @ z_text.T / TEMPERATURE).softmax(1).cpu()  # (N, C)
         best = chance.argmax(1)
