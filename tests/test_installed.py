@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from unclip.cli import evaluation
 from unclip.config import load_config, read_yaml
 from unclip.errors import ConfigError
+from unclip.evaluation.experiments import EXPERIMENTS
 from unclip.shipped import configurations, located
+from unclip.train import STAGES
 from unclip.training import new
 from unclip.training.trainers import TRAINERS, trained_by
 
@@ -57,6 +61,13 @@ def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
             assert trained_by(name) == wanted
     with pytest.raises(ConfigError, match="no configuration of a training"):
         trained_by("accelerate/ddp_8")
+
+
+def test_the_shell_knows_every_training_and_experiment_by_name() -> None:
+    """It lists them itself, so that a mistyped one answers before torch is loaded."""
+    assert {name.replace("-", "_") for name in STAGES} == {*TRAINERS, "embed"}
+    names = get_type_hints(evaluation.experiment)["name"]
+    assert get_args(names) == tuple(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu24", "gpus8"])

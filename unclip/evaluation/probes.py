@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip.data.open import open_dataset
-from unclip.data.sample import fixed
 from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.errors import ConfigError
 from unclip.evaluation.findings import Findings
 from unclip.evaluation.measures import Probe
 from unclip.evaluation.report import Columns, lines_of
-from unclip.evaluation.setting import Request, read_pairs
+from unclip.evaluation.setting import Request, pairs_of, read_pairs
 from unclip.images import grid, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
-from unclip.randomness import permutation
 
 SHOWN = 6
 LEARNED = 4_000  # training pictures that components and probes are fitted to
@@ -96,7 +93,7 @@ def binding(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findings:
     scenes = scenes[: request.limit]
     captions, others = [s.caption for s in scenes], [swapped(s) for s in scenes]
     true = [to_pil(render(s, decoder.side)) for s in scenes]
-    z, how = pipe.encode_image(true), {"size": decoder.side, **_given(request)}
+    z, how = pipe.encode_image(true), {"size": decoder.side, **request.given}
     made = {"the scenes themselves": true}
     if decoder.reads_text:
         made["the caption alone"] = pipe.text_to_image(captions, prior="none", **how)
@@ -127,10 +124,6 @@ def _told_apart(
 ) -> float:
     own, other = (cosine_similarity(z_image, pipe.encode_text(c)) for c in (captions, others))
     return float((own > other).float().mean())
-
-
-def _given(request: Request) -> dict[str, Any]:
-    return {k: v for k, v in request.options.items() if v is not None and k != "prior"}
 
 
 def with_word(picture: Image.Image, word: str, ink: str = "black") -> Image.Image:
@@ -237,8 +230,7 @@ def _labelled(
     attributes = getattr(dataset, "attributes", None)
     if dataset is None or attributes is None:
         raise ConfigError("linear probes need data that say what they show: --data emoji or shapes")
-    order = permutation(0, 0, len(dataset))[:LEARNED].tolist()
-    z = pipe.encode_image([to_pil(fixed(dataset, k).image) for k in order]).float().cpu()
-    read = [attributes(k) for k in order]
+    pairs = pairs_of(pipe, dataset, LEARNED)
+    read = [attributes(k) for k in pairs.numbers]
     keys = dict.fromkeys(key for labels in read for key in labels)
-    return z, {key: [labels.get(key) for labels in read] for key in keys}
+    return pairs.z_image.cpu(), {key: [labels.get(key) for labels in read] for key in keys}
