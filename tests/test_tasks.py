@@ -241,6 +241,35 @@ def test_a_decoder_learns_moved_pictures_from_their_own_embeddings(model_folder,
         tiny("decoder", model_folder, augment, f"embeddings={tmp_path}")
 
 
+def test_a_decoder_learns_what_the_encoder_sees_where_a_picture_can_be_known(model_folder):
+    more = ["train.batch=16", "drop.image=0", "diffusion={target: v, schedule: cosine}"]
+    runs = [tiny("decoder", model_folder, *more, f"perceptual={w}") for w in (0.0, 0.5)]
+    clip = FrozenCLIP.load(runs[0].clip)
+    batch = first_batch(runs[0])
+    off = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
+    off.requires_grad_(True)
+
+    def model(x_t, t, cond):
+        return off * x_t
+
+    (plain, seeing) = (DecoderTask(run, clip).loss(model, batch, 0) for run in runs)
+    assert "distance" not in plain
+    assert torch.equal(plain["mse_q0"].nan_to_num(), seeing["mse_q0"].nan_to_num())
+    t, noise = draw(runs[0], batch.ids, batch.images)
+    process = DecoderTask(runs[0], clip).stage.diffusion
+    x_t = process.q_sample(batch.images, t, noise)
+    guess = process.x0_from(off * x_t, x_t, t)
+    expected = 0
+    for a, b in zip(clip.features(guess), clip.features(batch.images), strict=True):
+        expected = expected + 2 * (1 - F.cosine_similarity(a, b, dim=1)).mean((1, 2))
+    assert_close(seeing["distance"], 0.5 * expected)
+    signal = process.alpha_bar[t].float()
+    assert_close(seeing["loss"] - plain["loss"], signal * seeing["distance"], rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(seeing["distance"].sum(), off)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert_close(DecoderTask(runs[1], clip).perceived(batch.images, batch.images), torch.zeros(16))
+
+
 def test_flipped_pictures_are_mirror_images_by_sample():
     x, ids = torch.rand(200, 3, 4, 4), torch.arange(200)
     moved = place(x, ids, 0, shift=0.0, scale=0.0, flip=0.3)
