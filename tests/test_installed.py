@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,6 +63,20 @@ def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
             assert trained_by(name) == wanted
     with pytest.raises(ConfigError, match="no configuration of a training"):
         trained_by("accelerate/ddp_8")
+
+
+def test_the_command_at_a_configurations_head_trains_it() -> None:
+    for name, path in configurations().items():
+        if not name.startswith("accelerate/"):
+            said = re.search(
+                r"^# Command:  unclip train (\S+) (\S+)((?:[ \\#\n]+[a-z.]+=[^ \n,]+)*)",
+                path.read_text(encoding="utf-8"),
+                re.MULTILINE,
+            )
+            assert said is not None, name
+            stage = said[1].replace("-", "_")
+            assert (said[2], stage) == (name, trained_by(name))
+            load_config(name, re.findall(r"[a-z.]+=\S+", said[3]), TRAINERS[stage].schema)
 
 
 def test_the_shell_knows_every_training_and_experiment_by_name() -> None:

@@ -44,11 +44,12 @@ from unclip.training.task import (
 class DecoderRun(Config):
     """A training run of the decoder; `clip` names the frozen encoder.
 
-    `embeddings` is a cache that has those of the training pictures by key (`train/embed.py`), which
-    else the encoder makes at every step. `jitter` moves the image embeddings off the data (see
-    `jittered`), each by another share of it. `augment` moves pictures before the encoder sees them,
-    in training only: the embedding says what was done, so that nothing of it comes back unasked.
-    `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (`perceived`).
+    `embeddings` is a cache that has those of the training pictures by key (`unclip train embed`),
+    which else the encoder makes at every step. `jitter` moves the image embeddings off the data
+    (see `jittered`), each by another share of it. `augment` moves pictures before the encoder sees
+    them, in training only: the embedding says what was done, so that nothing of it comes back
+    unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (see
+    `perceived`).
     """
 
     clip: Place
