@@ -232,15 +232,18 @@ def test_steps_skipped_long_ago_are_forgotten(
     assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40
 
 
-def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(
+def test_a_run_says_where_its_pictures_and_its_weights_are_and_how_far_it_is_each_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(config(tmp_path / "soon"))
-    assert capsys.readouterr() == ("", "")
+    said, drawn = capsys.readouterr()
+    begun, done = said.splitlines()
+    assert begun.startswith(f"{tmp_path / 'soon' / 'samples' / 'step-0.png'} shows") and not drawn
+    assert done == f"trained to step 12; its weights are in {tmp_path / 'soon'}"
     monkeypatch.setattr("unclip.training.log.NEWS_EVERY", 0.0)
     run(config(tmp_path / "late"))
     said, drawn = capsys.readouterr()
-    steps = [line.partition(":")[0] for line in said.splitlines()]
+    steps = [line.partition(":")[0] for line in said.splitlines()[1:-1]]
     assert steps == [f"step {step} of 12" for step in (4, 8, 12)]
     assert f"loss {lines(tmp_path / 'late')[-1]['loss']:.4g}" in said and drawn == ""
 

@@ -224,8 +224,8 @@ class _Trainer:
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
         """Steps up to `config.steps`, or to the first one after `stopped` is set."""
         config, state = self.config, self.state
-        if state.step == 0:
-            self._preview()
+        if state.step == 0 and (first := self._preview()) is not None:
+            self.log.say(f"{first} shows where it begins, those beside it how far it is")
         stream = batches(state.step)
         while state.step < config.steps:
             lr = learning_rate(state.step, config)
@@ -245,6 +245,7 @@ class _Trainer:
             if stop and not done:
                 self.log.say(f"stopped at step {state.step}; the same command continues from here")
                 return
+        self.log.say(f"trained to step {state.step}; its weights are in {config.out}")
 
     def _backward(self, stream: Iterator[Batch]) -> tuple[dict[str, Tensor], float]:
         """Gradients of one global batch; this process's entries and its wait for data.
@@ -322,7 +323,7 @@ class _Trainer:
         )
         self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
-    def _preview(self) -> None:
+    def _preview(self) -> Path | None:
         """Write samples/step-N.png from the averaged weights; randomness stays as it is.
 
         Every process draws it, so that none waits for another, and a spread model can.
@@ -331,7 +332,9 @@ class _Trainer:
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
             image = self.task.preview(averaged)
-        if image is not None and self.accelerator.is_main_process:
-            folder = Path(self.config.out) / "samples"
-            folder.mkdir(exist_ok=True)
-            image.save(folder / f"step-{self.state.step}.png")
+        if image is None or not self.accelerator.is_main_process:
+            return None
+        path = Path(self.config.out) / "samples" / f"step-{self.state.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        return path
