@@ -44,6 +44,7 @@ for verb in (
     training.configs,
     training.new,
     models.measure,
+    training.validate,
     training.plan,
     evaluation.evaluate,
     evaluation.experiment,
