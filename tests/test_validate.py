@@ -78,10 +78,7 @@ def test_stages_that_do_not_meet_are_told_so(run: Any, model_folder: Path, tmp_p
     assert code == 2 and "the stages of a stack share one encoder" in err
 
 
-def test_an_encoder_yet_to_be_trained_is_known_by_its_configuration(
-    run: Any, tmp_path: Path
-) -> None:
-    clip = "clip=" + str(tmp_path / "clip")
+def test_what_is_yet_to_be_trained_is_known_by_its_configuration(run: Any, tmp_path: Path) -> None:
     changes = ["data.train=shapes", "train.batch=4", "--out", tmp_path]
     first = tmp_path / "clip.yaml"
     code, text, _ = run("configs", "shapes/clip")
@@ -89,7 +86,12 @@ def test_an_encoder_yet_to_be_trained_is_known_by_its_configuration(
     prior = written(tmp_path, "prior", tmp_path / "clip", "model.embed=16")
     code, _, err = run("validate", first, prior, *changes)
     assert code == 2 and "model.embed = 16, but the CLIP encoder" in err
-    assert clip not in err
+    large = written(tmp_path, "upsampler_64", "", f"train.out={tmp_path / 'large'}")
+    after = large.read_text().replace('"init": null', f'"init": "{tmp_path / "large"}"')
+    second = tmp_path / "second.yaml"
+    second.write_text(after.replace(f'"out": "{tmp_path / "large"}"', f'"out": "{tmp_path}"'))
+    code, out, err = run("validate", large, second, "--out", tmp_path)
+    assert (code, err) == (0, "") and "large is what another of these trains" in out
 
 
 def test_memory_that_is_not_enough_is_an_error(

@@ -69,7 +69,7 @@ def validate(
     for run in runs:
         check_writable(Path(run.config.train.out), "train.out")
         micro_batch(run.config.train.batch, run.config.train.accumulate, gpus)
-        for sentence in _checks(run, _planned(run, runs), accelerator, out):
+        for sentence in _checks(run, runs, accelerator, out):
             yield f"{run.path}: {sentence}"
         if run.name in KINDS:
             needs = plan(run.path, list(overrides), gpus)
@@ -97,36 +97,39 @@ def _check_stack(runs: Sequence[Run]) -> None:
             raise ConfigError(f"{run.path}: model.low = {run.config.model.low}, but {drawn}")
 
 
-def _planned(run: Run, runs: Sequence[Run]) -> Planned | None:
-    """The encoder of a configuration, where another trains it and nothing is there yet."""
-    for other in runs if run.name in KINDS and run.name != "upsampler" else ():
-        folder = Path(other.config.train.out)
-        same = folder.absolute() == Path(run.config.clip).absolute()
-        if other.name == "clip" and same and not (folder / "checkpoints").is_dir():
-            model = other.config.model
-            return Planned(model.embed_dim, model.text_cfg.width)
+def _pending(place: str | None, runs: Sequence[Run]) -> Run | None:
+    """The one that will train what is named, where nothing is there yet."""
+    for run in runs:
+        folder = Path(run.config.train.out)
+        same = place is not None and folder.absolute() == Path(place).absolute()
+        if same and not (folder / "checkpoints").is_dir():
+            return run
     return None
 
 
-def _checks(
-    run: Run, planned: Planned | None, accelerator: Accelerator, out: Path
-) -> Iterator[str]:
+def _checks(run: Run, runs: Sequence[Run], accelerator: Accelerator, out: Path) -> Iterator[str]:
     """What a training does before its first step, with nothing allocated for its network."""
     config, clip = run.config, None
-    if planned is None:
+    encoder: Widths | None
+    first = _pending(getattr(config, "clip", None), runs)
+    if first is None:
         dataset, clip = TRAINERS[run.name].opens(config, accelerator)
+        encoder = clip
     else:
         dataset = config.data.open(config.data.train, embeddings=run.name != "decoder")
-    encoder: Widths | None = planned or clip
+        model = first.config.model
+        encoder = Planned(model.embed_dim, model.text_cfg.width)
     if encoder is not None:
         check_widths(encoder, config)
-        there = "" if planned is None else ", which another of these trains,"
+        there = "" if first is None else ", which another of these trains,"
         widths = f"{encoder.width} and {encoder.text_width}"
         yield f"the encoder {config.clip}{there} fits: its widths are {widths}."
     yield _drawn(run, dataset, out)
     if config.data.val is not None:
         yield f"{len(config.data.open(config.data.val)):,} samples to validate on."
-    if config.train.init is not None and run.name in KINDS:
+    if _pending(config.train.init, runs):
+        yield f"train.init: {config.train.init} is what another of these trains."
+    elif config.train.init is not None and run.name in KINDS:
         kin_of(_stage(run, clip), config.train.init)
         yield f"train.init: the weights in {config.train.init} can be started from."
 
