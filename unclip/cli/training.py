@@ -1,4 +1,4 @@
-"""The verbs that work on trainings: train, configs, new, plan."""
+"""The verbs that work on trainings: train, configs, new, validate, plan."""
 
 from __future__ import annotations
 
@@ -68,6 +68,35 @@ def new(
     print("\n".join(f"  {one.command}" for one in written))
     print(f"  {assembling(folder, written, start)}")
     print(f'  unclip text "a caption" --model {folder / "model"}')
+
+
+def validate(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG … [KEY=VALUE …]",
+            help="YAML files or names of shipped ones, of one stage or of a stack, and what "
+            "differs in all of them.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A folder, for contact sheets of the data.")] = Path(
+        "out"
+    ),
+    gpus: Annotated[int, typer.Option(min=1, help="How many there will be.")] = 1,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, help="Of one GPU, in GB; more is an error [default: only said]."),
+    ] = None,
+) -> None:
+    """Check configurations before a training: keys, widths, a batch of the data, memory."""
+    from unclip.training.validate import validate as check
+
+    overrides = [word for word in configs if "=" in word]
+    paths = [word for word in configs if "=" not in word]
+    if not paths:
+        raise ConfigError("give a configuration; `unclip configs` lists those that ship")
+    for sentence in check(paths, overrides, out, gpus, memory):
+        print(sentence, flush=True)
 
 
 def plan(

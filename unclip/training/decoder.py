@@ -17,11 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from unclip import randomness
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig, Spec
-from unclip.data.sample import Batch
+from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
@@ -144,10 +145,13 @@ class DecoderTask(StageTask):
         return replace(cond, image_embed=z)
 
 
-def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
-    """Train the decoder; the newest checkpoint's folder."""
+def open_decoder(run: DecoderRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
+    """What the decoder learns from, perhaps with embeddings from a cache, and the encoder.
+
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if it can't be used
+    with these pictures.
+    """
     dataset, clip = run.data.open(run.data.train), frozen_clip(run.clip, accelerator)
-    task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
@@ -155,6 +159,13 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
         if not run.model.scale.normalizes:
             cache.check_raw(clip)
         dataset = Tolerant(Joined(dataset, cache))
+    return dataset, clip
+
+
+def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
+    """Train the decoder; the newest checkpoint's folder."""
+    dataset, clip = open_decoder(run, accelerator)
+    task = DecoderTask(run, clip, dataset)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
