@@ -226,6 +226,7 @@ def drawer(
                 dtype=dtype,
                 tile=opts.tile,
                 progress=opts.progress,
+                preview=opts.preview,
                 **more,
             )
 
