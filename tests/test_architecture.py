@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("edit",),
     ("pipeline", "training"),
     ("assemble", "evaluation"),
-    ("cli",),
+    ("cli", "app"),
 )
 # Within a floor, and where a floor would allow it: what must not know of what.
 STRANGERS = (
