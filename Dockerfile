@@ -8,6 +8,8 @@ WORKDIR /app
 RUN pip install --no-cache-dir "torch>=2.11" "torchvision>=0.26" ${PIP_OPTIONS}
 COPY pyproject.toml README.md LICENSE ./
 COPY unclip unclip
+COPY configs configs
+COPY data data
 COPY weights weights
 RUN pip install --no-cache-dir .
 ENTRYPOINT ["unclip"]

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +26,12 @@ from unclip.cli import main
 from unclip.cli.arguments import expanded
 from unclip.cli.output import slug
 from unclip.cli.shell import default_model
+from unclip.data.open import open_dataset
+from unclip.data.sample import fixed
 from unclip.files.disk import write_new
+from unclip.files.find import resolve_folder
 from unclip.images import fit_square, to_tensor
+from unclip.pipeline import UnCLIP
 from unclip.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,13 +135,16 @@ def test_nothing_is_overwritten(run, tmp_path):
 def test_options_by_stage_are_parsed(run, tmp_path):
     code, out, err = run(
         *("text", "x", "--size", 16, "--out", tmp_path, "--steps", "prior=3,decoder=1"),
-        *("--guidance", 3, "--sampler", "decoder=ddpm"),
+        *("--guidance", 3, "--sampler", "decoder=ddpm", "--interval", "0.2,0.8"),
+        *("--text-guidance", 1.5, "--threshold", 0.9),
     )
     assert code == 0, err
     sampling = json.loads(Image.open(out.strip()).text["settings"])["sampling"]
     assert sampling["prior"]["steps"] == 3 and sampling["decoder"]["steps"] == 1
     assert sampling["decoder"]["guidance"] == 3 and sampling["decoder"]["sampler"] == "ddpm"
-    assert sampling["prior"]["sampler"] == "ddim"
+    assert sampling["prior"]["sampler"] == "ddim" and sampling["prior"]["interval"] is None
+    assert sampling["decoder"]["interval"] == [0.2, 0.8]
+    assert (sampling["decoder"]["text_guidance"], sampling["decoder"]["threshold"]) == (1.5, 0.9)
 
 
 def test_embed_then_vary_equals_vary_of_the_picture(run, tmp_path, apple):
@@ -294,7 +302,7 @@ def test_assemble_refuses_another_encoder(run, tmp_path, model_folder):
         (["text", "x", "--steps", "first=2"], "prior, decoder"),
         (["text", "x", "--device", "abacus"], "abacus"),
         (["text", "x", "--n", 2, "--out", "one.png"], "one file"),
-        (["text", "x", "--out", "one.jpg"], ".png"),
+        (["text", "x", "--out", "one.jpg", "--format", "png"], "one.jpg is no png"),
         (["text", "x", "--dtype", "fp8"], "bf16"),
         (["assemble", "--out", "built"], "nothing to assemble"),
         (["mix"], "nothing to mix"),
@@ -324,17 +332,19 @@ def test_a_missing_model_exits_4(run, tmp_path):
 
 
 def test_missing_shipped_weights_are_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
+    monkeypatch.setattr("unclip.shipped.PACKAGE", tmp_path / "unclip")
     code, _, err = run("text", "x", "--out", tmp_path / "o", model=None)
     assert code == 4 and "--model" in err and str(Path("weights/emoji")) in err
 
 
-@pytest.mark.parametrize("place", ["unclip/weights/emoji", "weights/emoji"])
+@pytest.mark.parametrize("place", ["unclip/share/weights/emoji", "weights/emoji"])
 def test_shipped_weights_are_found_in_a_wheel_and_in_a_clone(tmp_path, monkeypatch, place):
-    monkeypatch.setattr("unclip.cli.shell.__file__", str(tmp_path / "unclip" / "cli" / "shell.py"))
+    monkeypatch.setattr("unclip.shipped.PACKAGE", tmp_path / "unclip")
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "unclip.json").write_text("{}")
-    assert default_model() == tmp_path / place
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert default_model() == resolve_folder("weights/emoji") == tmp_path / place
 
 
 def test_truncated_weights_exit_4(run, tmp_path, pipe):
@@ -541,3 +551,99 @@ def test_a_verb_may_take_options_as_one_dataclass(capsys):
     with pytest.raises(SystemExit):
         app(["hello", "--size", "3", "--n", "2"])
     assert capsys.readouterr().out.strip() == f"hello 3 {Path.home() / 'x'} 2"
+
+
+@pytest.mark.parametrize("form", ["webp", "jpg"])
+def test_other_formats_say_how_they_were_made_too(run, tmp_path, form):
+    small = ["--size", 16, "--out", tmp_path / "o", "--format", form]
+    code, out, err = run("text", "ein Äpfel", "--n", 2, *small)
+    assert code == 0, err
+    assert {Path(line).suffix for line in out.splitlines()} == {f".{form}"}
+    said = json.loads(Image.open(out.splitlines()[1]).getexif()[0x010E])
+    assert said["prompt"] == "ein Äpfel" and said["seed"] == "1" and "settings" in said
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The seeds that are drawn."""
+    seeds = []
+    iterate = UnCLIP.iterate
+
+    def counted(self, *args, **kwargs):
+        seeds.extend(kwargs.get("seed", ()))
+        return iterate(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnCLIP, "iterate", counted)
+    return seeds
+
+
+@pytest.mark.parametrize("out", ["folder", "some.tar"])
+def test_prompts_from_a_file_are_drawn_once_and_are_a_data_set(run, tmp_path, drawn, out):
+    file, out = tmp_path / "prompts.csv", tmp_path / out
+    file.write_text("prompt,seed,n,negative\na red apple,7,2,\nzwei Äpfel,,,a blue square\n")
+    command = ["text", "--prompts", file, "--size", 16, "--out", out]
+    code, said, err = run(*command)
+    assert code == 0, err
+    names = [Path(line).name for line in said.splitlines()]
+    assert names == [
+        "00000-a-red-apple-7.png",
+        "00000-a-red-apple-8.png",
+        "00001-zwei-äpfel-2.png",
+    ]
+    assert drawn == [7, 8, 2]
+    assert run(*command)[:2] == (0, "") and drawn == [7, 8, 2]  # nothing is drawn again
+    with file.open("a") as more:
+        more.write("a blue square,5,,\n")
+    if out.suffix:  # what a kill leaves: the last sample in part
+        tar = out.read_bytes()
+        start = tar.index(b"00001-zwei")
+        out.write_bytes(tar[: start + 700])
+    else:
+        (out / names[2]).unlink()
+    code, said, _ = run(*command)
+    assert code == 0 and drawn[3:] == [2, 5] and len(said.splitlines()) == 2
+    data = open_dataset(str(out), 16)
+    assert sorted(fixed(data, k).caption for k in range(len(data))) == [
+        *["a blue square", "a red apple", "a red apple", "zwei Äpfel"]
+    ]
+    run("text", "a red apple", "--seed", 8, "--size", 16, "--out", tmp_path / "one.png")
+    apple = next(s for s in map(lambda k: fixed(data, k), range(len(data))) if "apple-8" in s.key)
+    torch.testing.assert_close(apple.image, to_tensor(Image.open(tmp_path / "one.png")))
+    code, _, err = run(*command, "--steps", 3)
+    assert code == 2 and "other options" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message", "code"),
+    [
+        (
+            "p.jsonl",
+            '{"prompt": "x"}\n{"promt": "x"}\n',
+            "line 2: missing key prompt; unknown key promt",
+            2,
+        ),
+        ("p.jsonl", "x\n", "line 1 is no JSON", 3),
+        ("p.csv", "prompt,n\nx,none\n", "line 2: n = 'none'", 2),
+        ("p.txt", "\n\n", "no prompts", 3),
+        ("p.doc", "x", ".jsonl", 2),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_prompts_is_named(run, tmp_path, name, text, message, code):
+    (tmp_path / name).write_text(text)
+    got, _, err = run("text", "--prompts", tmp_path / name, "--out", tmp_path / "o")
+    assert got == code and message in err, err
+
+
+def test_a_tar_or_folder_of_something_else_is_left_alone(run, tmp_path, apple):
+    (tmp_path / "p.txt").write_text("a red apple\n")
+    with tarfile.open(tmp_path / "mine.tar", "w") as tar:
+        tar.add(apple, "apple.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "y"}')
+    (tmp_path / "mine" / "x.png").write_bytes(apple.read_bytes())
+    before = (tmp_path / "mine.tar").read_bytes()
+    for out in ("mine.tar", "mine"):
+        code, _, err = run("text", "--prompts", tmp_path / "p.txt", "--out", tmp_path / out)
+        assert code == 2 and "--out" in err, err
+    assert (tmp_path / "mine.tar").read_bytes() == before
+    assert json.loads((tmp_path / "mine" / "metadata.jsonl").read_text())["text"] == "y"

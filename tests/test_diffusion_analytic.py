@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import WORDS, tiny_pipeline
+from test_evaluate import write_pictures
 
+from unclip.cli import main
 from unclip.diffusion.analytic import AnalyticDPM, interpolated, measure_power, reverse_variance
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
 from unclip.errors import ConfigError
+from unclip.pipeline import UnCLIP
+from unclip.sources import Source
 
 DIFFUSION = GaussianDiffusion(DiffusionConfig(target="x0"))
 
@@ -61,7 +68,7 @@ def test_few_steps_draw_gaussian_data_with_its_own_variance(steps: int) -> None:
     x = torch.stack([torch.randn(64, generator=g) for g in generators])
     guess = optimal(0.6)
     for t in scheduler.timesteps:
-        x = scheduler.step(guess(x, int(t))[0], t, x, generator=generators)
+        (x,) = scheduler.step(guess(x, int(t))[0], t, x, generator=generators)
     assert float(x.std()) == pytest.approx(0.6, rel=0.02)
 
 
@@ -71,18 +78,41 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
     def step(rows: slice) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(k) for k in range(3)[rows]]
-        return scheduler.step(x0[rows], torch.tensor(999), x[rows], generator=generators)
+        return scheduler.step(x0[rows], torch.tensor(999), x[rows], generator=generators)[0]
 
     assert torch.equal(step(slice(0, 3))[1:2], step(slice(1, 2)))
 
 
 def test_between_measured_timesteps_statistics_are_interpolated() -> None:
-    power = interpolated({10: 0.2, 20: 0.4, 999: 1.0}, 1000, "prior")
+    power = interpolated({10: 0.2, 20: 0.4, 999: 1.0}, 1000)
     torch.testing.assert_close(
         power[[0, 10, 15, 20, 999]], torch.tensor([0.2, 0.2, 0.3, 0.4, 1.0], dtype=torch.float64)
     )
 
 
 def test_a_prior_without_statistics_is_a_clear_error() -> None:
-    with pytest.raises(ConfigError, match="prior holds no statistics"):
-        interpolated({}, 1000, "prior")
+    pipe = tiny_pipeline()
+    with pytest.raises(ConfigError, match=r"sampling of prior.*'analytic' needs.*unclip measure"):
+        pipe.text_to_embedding(WORDS[0], sampler="analytic")
+
+
+def test_statistics_are_measured_once_and_kept_with_the_prior(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    before = Source(tmp_path / "model").hash
+    write_pictures(tmp_path / "data")
+    given = [tmp_path / "model", "--data", tmp_path / "data", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main(["measure", *map(str, given)])
+    assert "at t = 0" in capsys.readouterr().out
+    pipe = UnCLIP.from_pretrained(tmp_path / "model")
+    assert pipe.prior is not None and Source(tmp_path / "model").hash == before
+    power = pipe.prior.diffusion.power
+    assert len(power) == 64 and all(0 <= value <= 1 for value in power.values())
+    how = {"sampler": "analytic", "steps": 4, "prior_candidates": 1}
+    two = pipe.text_to_embedding(WORDS, **how)
+    torch.testing.assert_close(two[1:], pipe.text_to_embedding(WORDS[1], seed=1, **how))
+    assert not torch.allclose(two[1:], pipe.text_to_embedding(WORDS[1], seed=2, **how))
+    pipe.save_pretrained(tmp_path / "again")  # statistics travel with the stage
+    assert Source(tmp_path / "again").stage("prior").stage.diffusion.power == power

@@ -16,6 +16,7 @@ from parity import randomise
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import fit_square, psnr, to_tensor
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
@@ -242,6 +243,18 @@ def test_a_negative_prompt_leads_away_in_prior_and_decoder():
     assert distance(*made) > 0.01
 
 
+def test_what_guides_the_decoder_is_asked_for_by_call(pipe):
+    """The tiny decoder's guidance is 2."""
+    plain = pipe.text_to_image(APPLE, size=16)[0]
+    same(pipe.text_to_image(APPLE, size=16, text_guidance=2.0, interval=(0, 1))[0], plain, levels=1)
+    for option in ({"text_guidance": 4.0}, {"interval": (0.9, 1)}, {"threshold": 0.9}):
+        assert distance(pipe.text_to_image(APPLE, size=16, **option)[0], plain) > 0.003
+        with pytest.raises(ConfigError, match="no effect here"):
+            pipe.upscale(picture(), **option)
+        with pytest.raises(ConfigError, match="no effect here"):
+            pipe.text_to_embedding(APPLE, **option)
+
+
 def test_priors_are_chosen_by_name():
     pipe = tiny_pipeline()
     config = pipe.prior.config.model_copy(update={"draft": DraftConfig(width=16, blocks=1)})
@@ -266,8 +279,7 @@ def test_priors_are_chosen_by_name():
         pipe.text_to_embedding(APPLE, prior="none")
 
 
-def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
-    pipe = tiny_pipeline()
+def tiny_ar_prior(clip: FrozenCLIP) -> ArStage:
     network = ArPrior(
         ArPriorConfig(
             embed=WIDTH,
@@ -283,7 +295,12 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
     generator = torch.Generator().manual_seed(0)
     network.quantizer.fit(*(torch.randn(200, WIDTH, generator=generator) for _ in range(2)))
     network.eval().requires_grad_(False)
-    pipe.ar_prior = ArStage.of(network, ArSamplingConfig(guidance=2.0), pipe.clip.fingerprint)
+    return ArStage.of(network, ArSamplingConfig(guidance=2.0), clip.fingerprint)
+
+
+def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.ar_prior = tiny_ar_prior(pipe.clip)
     pipe.save_pretrained(tmp_path)
     again = UnCLIP.from_pretrained(tmp_path)
     same(again.text_to_image(APPLE, size=16)[0], tiny_pipeline().text_to_image(APPLE, size=16)[0])
@@ -321,6 +338,8 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
         (lambda p: p.reconstruct([picture(), picture()]), "2 pictures"),
         (lambda p: p.reconstruct(picture(), sampler="dpm++", eta=0.5), "ddim"),
         (lambda p: p.variations(picture(), prior="text"), "no effect"),
+        (lambda p: p.text_to_image(APPLE, interval=(0.5, 0.1)), "interval"),
+        (lambda p: p.reconstruct(picture(), threshold=0.9), "threshold needs clip"),
         (lambda p: p.upscale(picture(), negative_prompt=APPLE), "no effect"),
     ],
 )

@@ -338,6 +338,17 @@ def test_prior_text_does_not_see_what_follows_it() -> None:
     assert (later > 1e-4).all()
 
 
+@pytest.mark.parametrize("draft", [None, DraftConfig(width=16, blocks=1)])
+def test_several_draws_of_a_text_are_each_as_alone(draft: DraftConfig | None) -> None:
+    model = prior(draft)
+    randomise(model, seed=2)
+    cond = Cond(text=text_encoding([6, 3]))
+    x_t, t = torch.randn(6, EMBED), torch.arange(6) * 100
+    together = model(x_t, t, cond)  # three draws of each text
+    for k in range(3):
+        assert_close(together[k::3], model(x_t[k::3], t[k::3], cond), rtol=1e-4, atol=1e-5)
+
+
 def checkpointed(name: str) -> list[nn.Module]:
     models = []
     for checkpointing in (False, True):

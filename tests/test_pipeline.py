@@ -375,7 +375,7 @@ def test_offloading_has_one_stage_at_a_time_on_the_device(model_folder, pipe, mo
         yield
         present.clear()
 
-    monkeypatch.setattr("unclip.pipeline.resident", spy)
+    monkeypatch.setattr("unclip.reader.resident", spy)
     monkeypatch.setattr("unclip.drawing.resident", spy)
     images = offloaded.text_to_image(APPLE, seed=4, size=32)
     same(images[0], expected, levels=0)

@@ -34,7 +34,7 @@ from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.task import Prepared, Shown, draw
-from unclip.training.upsampler import UpsamplerRun, UpsamplerTask
+from unclip.training.upsampler import Shrunk, UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {
@@ -327,15 +327,33 @@ def test_what_a_sample_is_trained_on_does_not_depend_on_the_number_of_processes(
 
 def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     run = tiny("upsampler_64", None, "degraded=0")
-    task = UpsamplerTask(run)
-    batch = task.made(first_batch(run))
+    made = Shrunk(run)
+    batch = made(first_batch(run))
     side = batch.images.shape[-1]
     assert batch.low_res.shape == (4, 3, side // 2, side // 2)
     assert (resize(batch.low_res, side) - batch.images).abs().mean() < 0.2
-    degraded = UpsamplerTask(tiny("upsampler_64", None, "degraded=1"))
-    other = degraded.made(batch).low_res
+    degraded = Shrunk(tiny("upsampler_64", None, "degraded=1"))
+    other = degraded(batch).low_res
     assert not torch.allclose(batch.low_res, other)
-    assert_close(other, degraded.made(batch).low_res, rtol=0, atol=0)
+    assert_close(other, degraded(batch).low_res, rtol=0, atol=0)
+
+
+def test_a_pair_counts_by_the_mean_of_its_draws(model_folder):
+    run = tiny("prior", model_folder, "draws=3", "drop.text=0")
+    clip = FrozenCLIP.load(run.clip)
+    task, batch, seen = PriorTask(run, clip), first_batch(run), []
+
+    class Zero(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            seen.append(torch.cat([x_t, t[:, None]], dim=1))
+            return torch.zeros_like(x_t)
+
+    losses = task.loss(Zero(), batch, 0)
+    x0 = task.stage.network.scale(clip.encode_image(batch.images))
+    assert_close(losses["loss"], x0.square().mean(1))  # whatever the noise, of each one's own pair
+    assert len(seen[0].unique(dim=0)) == 12  # 4 pairs, no draw twice
+    quarters = torch.stack([losses[f"mse_q{k}"] for k in range(4)])
+    assert_close(quarters.nanmean(0), losses["loss"])
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
@@ -358,9 +376,9 @@ def test_what_workers_prepare_changes_no_loss(model_folder, stage):
 def test_pictures_are_degraded_where_they_are_read(degradation):
     """On a GPU, BSR added CPU noise to a picture on the device, and every training crashed."""
     run = tiny("upsampler_64", None, f"degradation={degradation}", "degraded=1")
-    task = UpsamplerTask(run)
-    read = first_batch(run, made=task.made, workers=1)
-    assert_close(read.low_res, task.made(first_batch(run)).low_res, rtol=0, atol=0)
+    made = Shrunk(run)
+    read = first_batch(run, made=made, workers=1)
+    assert_close(read.low_res, made(first_batch(run)).low_res, rtol=0, atol=0)
     moved = read.to("meta")
     assert moved.low_res.is_meta and moved.noise.is_meta and not moved.ids.is_meta
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from unclip.clip.encoder import FrozenCLIP
 from unclip.training.decoder import DecoderTask
 from unclip.training.prior import PriorTask
-from unclip.training.upsampler import UpsamplerTask
+from unclip.training.upsampler import Shrunk, UpsamplerTask
 
 MORE = {
     "decoder": [
@@ -42,7 +42,7 @@ def task(stage: str, clip: Path) -> Any:
 
 def step(task: Any, wrapped: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     batch = first_batch(task.run)
-    batch = task.made(batch) if task.name == "upsampler_64" else batch
+    batch = Shrunk(task.run)(batch) if task.name == "upsampler_64" else batch
     loss = task.loss(wrapped, batch, 0)["loss"]
     loss.mean().backward()
     grads = {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}

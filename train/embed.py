@@ -1,6 +1,8 @@
 """Write a cache of CLIP embeddings: accelerate launch train/embed.py DATA CACHE --clip CLIP."""
 
-from unclip.training.embed import main
+import sys
+
+from unclip.train import main
 
 if __name__ == "__main__":
-    main()
+    main(["embed", *sys.argv[1:]])

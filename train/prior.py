@@ -1,7 +1,8 @@
 """Train the diffusion prior (Section 2.2): accelerate launch train/prior.py CONFIG."""
 
-from unclip.training.launch import main
-from unclip.training.prior import PriorRun, train_prior
+import sys
+
+from unclip.train import main
 
 if __name__ == "__main__":
-    main(PriorRun, train_prior, "Train the diffusion prior (Section 2.2).")
+    main(["prior", *sys.argv[1:]])

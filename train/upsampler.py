@@ -1,7 +1,8 @@
 """Train an upsampler (Section 2.1): accelerate launch train/upsampler.py CONFIG [key=value …]."""
 
-from unclip.training.launch import main
-from unclip.training.upsampler import UpsamplerRun, train_upsampler
+import sys
+
+from unclip.train import main
 
 if __name__ == "__main__":
-    main(UpsamplerRun, train_upsampler, "Train an upsampler (Section 2.1).")
+    main(["upsampler", *sys.argv[1:]])

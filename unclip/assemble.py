@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.disk import check_writable, from_home
 from unclip.files.folder import INDEX
@@ -22,6 +23,7 @@ def assemble(
     decoder: str | Path | None,
     upsamplers: Sequence[str | Path],
     dtype: torch.dtype = torch.float32,
+    ar_prior: str | Path | None = None,
 ) -> UnCLIP:
     """Take each stage from a run's newest checkpoint or a folder, ours or Karlo's, and write `out`.
 
@@ -29,12 +31,12 @@ def assemble(
     `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
     """
     out = from_home(out)
-    if not any([clip, prior, decoder, upsamplers]):
+    if not any([clip, prior, ar_prior, decoder, upsamplers]):
         raise ConfigError("nothing to assemble: name at least one of clip, prior, decoder, …")
     if (out / INDEX).exists():
         raise ConfigError(f"{out} holds a model already; delete it first or name another folder")
     check_writable(out, "--out")
-    encoder = Source(clip).need_clip() if clip is not None else None
+    encoder = FrozenCLIP.load(str(clip)) if clip is not None else None
     chosen = [stage for source in upsamplers for stage in _upsamplers(source)]
     names = [stage.name for stage in chosen]
     for name in names:
@@ -45,6 +47,7 @@ def assemble(
         Source(prior).stage("prior").load() if prior is not None else None,
         Source(decoder).stage("decoder").load() if decoder is not None else None,
         chosen,
+        ar_prior=Source(ar_prior).stage("ar_prior").load() if ar_prior is not None else None,
     )
     try:
         pipe.save_pretrained(out, dtype)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from unclip.errors import ConfigError
+from unclip.shipped import configuration, configurations
 from unclip.text import is_whole
 
 # A path, or another name of a place; `~` at its beginning is the home folder.
@@ -75,7 +76,8 @@ _Dumper.yaml_implicit_resolvers = {
 def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """Read a YAML file, apply dotted overrides such as `train.lr=1e-4`, and check everything.
 
-    An override is no YAML: text is what stands after the `=`, to its end.
+    The name of a shipped file will do. An override is no YAML: text is what stands after the `=`,
+    to its end.
 
     **Raises**: `ConfigError` naming the full key, its value and the nearest valid name.
     """
@@ -95,10 +97,17 @@ def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> 
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of sections. **Raises**: `ConfigError` if it is missing or not that."""
-    path = Path(path)
+    """Read a YAML file of sections, or a shipped one by its short name.
+
+    **Raises**: `ConfigError` if it is missing or not that.
+    """
+    name, path = str(path), configuration(path)
     if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; see configs/ for the shipped ones")
+        near = difflib.get_close_matches(name, configurations(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"no configuration file at {path}; {hint}`unclip configs` lists the shipped ones"
+        )
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,7 +5,7 @@ B pictures, D CLIP embedding, R the decoder's side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +15,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip import randomness
-from unclip.clip.embeddings import check_raw
-from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import ConfigError
 from unclip.images import pad_to_square, resize, to_pil, to_tensor
-from unclip.inputs import as_embeddings
 from unclip.options import Options
+from unclip.reader import Reader
 from unclip.stages.decoder import levels
 from unclip.stages.prior import draw_embeddings
 from unclip.stages.resident import resident
@@ -78,7 +76,7 @@ class Drawing:
     """What draws a call's pictures, and how many of which the best are kept.
 
     `draw` knows the options of every stage; `upsamplers` lead from the decoder's size to the one
-    asked for. Without a prior there must be embeddings, without `encode_text` no captions.
+    asked for. Without a prior there must be embeddings, without an encoder no captions.
     `by` says what stands in the prior's place (see `PriorName`), `negative` what to lead away from.
     """
 
@@ -86,9 +84,7 @@ class Drawing:
     decoder: Stage
     upsamplers: Sequence[Stage]
     draw: Draw
-    device: torch.device
-    encode_text: Callable[[Sequence[str]], TextEncoding] | None
-    encode_image: Callable[[Sequence[Image]], Tensor]
+    reader: Reader
     prior_candidates: int
     candidates: int
     by: str = "diffusion"
@@ -103,15 +99,16 @@ class Drawing:
         As many as the decoder takes together go through all stages before the next do, so that
         memory doesn't grow with their number. **Shapes**: z_image (B, D) for B seeds.
         """
-        group, n = together(self.decoder.shape, self.device), len(seeds) // len(prompts)
+        device, n = self.reader.device, len(seeds) // len(prompts)
+        group = together(self.decoder.shape, device)
         for start in range(0, len(seeds), group):
             own = seeds[start : start + group]
             index = torch.arange(start, start + len(own)) // n  # of the prompts
             text = None
-            if self.encode_text is not None:
-                read = self.encode_text(prompts[int(index[0]) : int(index[-1]) + 1])
+            if self.reader.clip is not None:
+                read = self.reader.text(prompts[int(index[0]) : int(index[-1]) + 1])
                 text = read.rows(index - index[0])
-            z = None if z_image is None else z_image[start : start + group].to(self.device)
+            z = None if z_image is None else z_image[start : start + group].to(device)
             yield from self._rows(slice(start, start + group))._best(z, text, own)
 
     def _rows(self, rows: slice) -> Drawing:
@@ -132,7 +129,7 @@ class Drawing:
             generators = [randomness.generator(s, "candidate", j) for s in seeds]
             rounds.append(list(self._finish(z_image, text, generators)))
         z_text = text.embed.float()
-        scores = [cosine_similarity(self.encode_image(r).float(), z_text) for r in rounds]
+        scores = [cosine_similarity(self.reader.images(r).float(), z_text) for r in rounds]
         best = torch.stack(scores).argmax(0).tolist()  # of (candidates, B)
         yield from (rounds[j][k] for k, j in enumerate(best))
 
@@ -145,8 +142,7 @@ class Drawing:
         """A picture for each generator, as soon as the last stage has drawn it."""
         negative = None
         if self.negative is not None:
-            assert self.encode_text is not None
-            negative = self.encode_text([self.negative]).repeat(len(generators))
+            negative = self.reader.text([self.negative]).repeat(len(generators))
         # What the prior makes of what is not wanted, by the same noise: with the same text it is
         # the same embedding, because neither is guided then.
         away = None if negative is None else self._embed(negative, _anew(generators), negative)
@@ -155,7 +151,7 @@ class Drawing:
             z_image = self._embed(text, generators, negative)
         start, kept = self.start, self.start.kept
         if kept is not None:
-            kept = kept.repeat(len(generators), self.device)
+            kept = kept.repeat(len(generators), self.reader.device)
         cond, at = self._cond(z_image, text), None if kept is None else kept.at(self.decoder.side)
         x = self.draw(
             self.decoder,
@@ -196,13 +192,7 @@ def _anew(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(own.initial_seed()) for own in generators]
 
 
-def drawer(
-    opts: Options,
-    stages: Sequence[Stage],
-    clip: FrozenCLIP | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Draw:
+def drawer(opts: Options, stages: Sequence[Stage], reader: Reader, dtype: torch.dtype) -> Draw:
     """How each stage draws under these options, its weights on the device while it does.
 
     **Raises**: `ConfigError` for options that a stage can't follow.
@@ -212,11 +202,8 @@ def drawer(
     def draw(
         stage: Stage, cond: Cond, generators: Sequence[torch.Generator], /, **more: Any
     ) -> Tensor:
-        null_text = None
-        if clip is not None and cond.text is not None:
-            with resident([clip], device):
-                null_text = clip.null_text
-        with resident([stage.network, stage.last], device):
+        null_text = None if cond.text is None else reader.null_text()
+        with resident([stage.network, stage.last], reader.device):
             return stage.draw(
                 cond,
                 stage.shape,
@@ -247,15 +234,3 @@ def upscaled(
     x = resize(to_tensor(square)[None].to(device), low)  # (1, 3, low, low)
     generators = [torch.Generator().manual_seed(seed)]
     return to_pil(next(enlarged(chosen, x, generators, draw)))
-
-
-def raw_embeddings(given: Any, decoder: Stage, norm: Callable[[], float | None]) -> Tensor:
-    """Embeddings from elsewhere, checked to be such as this decoder takes.
-
-    `norm` gives the usual one. **Shapes**: (B, D) → (B, D).
-    """
-    z = as_embeddings(given, decoder.width)
-    if not decoder.config.scale.normalizes:
-        mend = "multiply them by that, or embed the pictures again (`unclip embed`)"
-        check_raw(z, norm, "these embeddings", mend)
-    return z

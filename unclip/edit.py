@@ -18,16 +18,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from unclip.clip import sphere
-from unclip.clip.encoder import FrozenCLIP
-from unclip.conditioning import Cond, TextEncoding
+from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept, mask_at
 from unclip.diffusion.sampling import SamplingConfig, starting_noise
 from unclip.drawing import Start
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_pictures, as_seeds
-from unclip.options import BY_STAGE, Options
+from unclip.options import BY_STAGE, DECODERS, Options
 from unclip.progress import Progress, steps_of
+from unclip.reader import Reader
 from unclip.stages import decoder as decoders
 from unclip.stages.resident import resident
 from unclip.stages.stage import Stage, together
@@ -38,20 +38,20 @@ STEPS = 50  # of an inversion and of the way back, unless asked for others
 class Pipe(Protocol):
     """What is asked of the pipeline here; `UnCLIP` says what each does."""
 
-    clip: FrozenCLIP | None
     device: torch.device
     dtype: torch.dtype
 
     @property
     def sizes(self) -> list[int]: ...
 
+    @property
+    def reader(self) -> Reader: ...
+
     def need(self, name: str, purpose: str) -> Stage: ...
 
     def encode_image(self, images: Any) -> Tensor: ...
 
     def encode_text(self, prompts: Any) -> Tensor: ...
-
-    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding: ...
 
     def text_to_embedding(
         self, prompt: Any, n: int = 1, seed: int | None = 0, **options: Any
@@ -98,7 +98,8 @@ def invert(
     if len(z) != len(pictures):
         raise ConfigError(f"{len(z)} embeddings for {len(pictures)} pictures")
     x = torch.stack([to_tensor(fit_square(p, decoder.side)) for p in pictures]).to(pipe.device)
-    text = None if pipe.clip is None else pipe.text_encoding([""] * len(x))  # as when redrawn
+    read = pipe.reader
+    text = None if read.clip is None else read.text([""] * len(x))  # as when redrawn
     cond = Cond(image_embed=z.to(pipe.device), text=text)
     total = steps * math.ceil(len(x) / together(decoder.shape, pipe.device))
     with resident([decoder.network], pipe.device), steps_of("inversion", total, progress) as done:
@@ -328,5 +329,5 @@ def _one(image: Picture) -> Image:
 def _of_priors(opts: Options) -> Options:
     """Of a decoder's options, those that embeddings of text have a use for."""
     named = {key: value for key in BY_STAGE if isinstance(value := getattr(opts, key), dict)}
-    mine: dict[str, Any] = dict.fromkeys(BY_STAGE) | named
-    return replace(opts, size=None, tile=None, candidates=1, eta=None, **mine)
+    mine: dict[str, Any] = dict.fromkeys((*BY_STAGE, *DECODERS, "size", "tile", "eta")) | named
+    return replace(opts, candidates=1, **mine)

@@ -17,8 +17,9 @@ from unclip.stages.stage import Preview, Stage
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
 BY_STAGE = ("steps", "guidance", "sampler")
-PICTURES_ONLY = ("size", "tile", "candidates")  # embeddings have no use for these,
-OF_TEXT = ("candidates", "prior", "negative_prompt")  # and upsamplers none for these
+DECODERS = ("interval", "text_guidance", "threshold")
+PICTURES_ONLY = ("size", "tile", "candidates", *DECODERS)  # embeddings have no use for these,
+OF_TEXT = ("candidates", "prior", "negative_prompt", *DECODERS)  # and upsamplers none for these
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Options:
     """What a call asks for beyond a model's own defaults, the same for every verb.
 
     `steps`, `guidance` and `sampler` are one value for the decoder (or for what runs where it
-    doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only. `tile` runs
-    upsamplers on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
+    doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only; `interval`,
+    `text_guidance` and `threshold` are the decoder's (see `SamplingConfig`). `tile` runs upsamplers
+    on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
     picture and the one closest to its text is kept; `candidates` pictures are finished for each
     one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
     called after every step with the stage's name, the steps done and those to do. `preview` is
@@ -46,6 +48,9 @@ class Options:
     guidance: ByStage = None
     sampler: ByStage = None
     eta: float | None = None
+    interval: tuple[float, float] | None = None
+    text_guidance: float | None = None
+    threshold: float | None = None
     tile: int | None = None
     prior_candidates: int | None = None
     candidates: int = 1
@@ -127,10 +132,17 @@ class Options:
                 value = None
             if value is not None:
                 asked[key] = value
-        eta = self.eta if stage.kind == "decoder" else None
-        if eta is not None:
-            asked["eta"] = eta
-        source = f"sampling of {stage.name}"
+        source, eta = f"sampling of {stage.name}", None
+        if stage.kind == "decoder":
+            eta = self.eta
+            for name in ("eta", *DECODERS):
+                if (value := getattr(self, name)) is not None:
+                    asked[name] = value
+            if self.text_guidance is not None and not stage.reads_text:
+                raise ConfigError(
+                    f"{source}: text_guidance = {self.text_guidance} has no effect "
+                    "on a decoder that reads no captions"
+                )
         own = stage.sampling
         config = parse_config(own.model_dump() | asked, type(own), source)
         if not isinstance(config, SamplingConfig):  # a prior that samples in another way

@@ -5,12 +5,9 @@ B pictures, D CLIP embedding.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,25 +18,19 @@ from torch import Tensor
 from unclip import edit
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
-from unclip.clip.towers import unread
-from unclip.conditioning import TextEncoding
 from unclip.diffusion.sampling import SamplingConfig
-from unclip.drawing import Drawing, Start, drawer, raw_embeddings, upscaled
-from unclip.errors import CheckpointError, ConfigError, UnclipWarning
+from unclip.drawing import Drawing, Start, drawer, upscaled
+from unclip.errors import CheckpointError, ConfigError
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
-from unclip.images import pad_to_square
-from unclip.inputs import Picture, as_number, as_pictures, as_prompts, as_seeds
+from unclip.inputs import Picture, as_number, as_pictures, as_seeds
 from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.precision import default_dtype
+from unclip.reader import NO_CLIP, Reader
 from unclip.sources import Source
 from unclip.stages.prior import check_prior, draw_embeddings
-from unclip.stages.resident import resident
-from unclip.stages.stage import CHUNK_EMBEDDINGS, Draw, Stage
+from unclip.stages.stage import Draw, Stage
 from unclip.stages.upsampler import route
-
-NO_CLIP = "this model has no CLIP encoder, which text and pictures need"
-NOTES = 4  # prompts of a call that warnings name
 
 
 class UnCLIP:
@@ -121,6 +112,11 @@ class UnCLIP:
         return [s for s in (*priors, self.decoder, *self.upsamplers) if s is not None]
 
     @property
+    def reader(self) -> Reader:
+        """The encoder at work."""
+        return Reader(self.clip, self.device)
+
+    @property
     def encoder(self) -> Fingerprint | None:
         """Which CLIP encoder this model's embeddings come from."""
         if self.clip is not None:
@@ -137,14 +133,11 @@ class UnCLIP:
 
     def encode_text(self, prompts: str | Sequence[str]) -> Tensor:
         """Raw CLIP text embeddings. **Shapes**: B prompts → (B, D)."""
-        return self.text_encoding(self._prompts(prompts)).embed
+        return self.reader.text(self.reader.prompts(prompts)).embed
 
     def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
-        squares = [pad_to_square(image) for image in as_pictures(images)]
-        with self._resident_clip() as clip:
-            parts = range(0, len(squares), CHUNK_EMBEDDINGS)
-            return torch.cat([clip.encode_pil(squares[k : k + CHUNK_EMBEDDINGS]) for k in parts])
+        return self.reader.images(images)
 
     def text_to_image(
         self, prompt: str | Sequence[str], n: int = 1, seed: int | None = 0, **options: Any
@@ -221,22 +214,21 @@ class UnCLIP:
 
         **Shapes**: z_image (B, D), x_T (B n, 3, R, R). **Raises**: as those do.
         """
-        opts = Options.of(options)
+        opts, decoder = Options.of(options), self.need("decoder", "pictures")
         if image is not None:
             opts, z_image = self.varied(opts), self.encode_image(image)
         elif z_image is not None:
-            z_image = raw_embeddings(z_image, self.need("decoder", "pictures"), self._usual_norm)
-        decoder, n = self.need("decoder", "pictures"), as_number("n", n, 1)
+            z_image = self.reader.embeddings(z_image, decoder, self.stages)
+        n = as_number("n", n, 1)
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
         if z_image is not None and opts.prior is not None:
             raise ConfigError(f"prior = {opts.prior!r} has no effect where embeddings are given")
         by, prior = self._prior(opts) if z_image is None or opts.negative_prompt else ("", None)
-        if z_image is None:
-            prompts = self._prompts(() if prompt is None else prompt)
-        else:
+        nothing = () if z_image is None else ""
+        prompts = self.reader.prompts(nothing if prompt is None else prompt)
+        if z_image is not None:
             z_image = z_image.float().repeat_interleave(n, 0)  # (B n, D)
-            prompts = self._prompts("" if prompt is None else prompt)
             prompts *= len(z_image) // n if len(prompts) == 1 else 1
             if len(prompts) * n != len(z_image):
                 raise ConfigError(f"{len(prompts)} captions for {len(z_image) // n} embeddings")
@@ -251,9 +243,7 @@ class UnCLIP:
             decoder,
             route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or [],
             self._drawing(opts),
-            self.device,
-            None if self.clip is None else self.text_encoding,
-            self.encode_image,
+            self.reader,
             opts.prior_candidates or self.prior_candidates,
             opts.candidates,
             by,
@@ -270,14 +260,14 @@ class UnCLIP:
         **Shapes**: B prompts → (B n, D) float32.
         """
         opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
-        prompts, n = self._prompts(prompt), as_number("n", n, 1)
+        prompts, n = self.reader.prompts(prompt), as_number("n", n, 1)
         (by, prior), count = self._prior(opts), opts.prior_candidates or self.prior_candidates
         if by == "none":
             raise ConfigError("prior = 'none' makes no embeddings")
         negative = None
         if opts.negative_prompt is not None:
-            negative = self.text_encoding([opts.negative_prompt]).repeat(n * len(prompts))
-        draw, text = self._drawing(opts), self.text_encoding(prompts).repeat(n)
+            negative = self.reader.text([opts.negative_prompt]).repeat(n * len(prompts))
+        draw, text = self._drawing(opts), self.reader.text(prompts).repeat(n)
         generators = [torch.Generator().manual_seed(s) for s in as_seeds(seed, n * len(prompts))]
         return draw_embeddings(prior, text, generators, count, draw, negative, by)
 
@@ -297,11 +287,7 @@ class UnCLIP:
         return upscaled(self.upsamplers, pictures[0], opts.size, own, draw, self.device)
 
     def _drawing(self, opts: Options) -> Draw:
-        """How each stage draws under these options, its weights on the device while it does.
-
-        **Raises**: `ConfigError` for options that a stage can't follow.
-        """
-        return drawer(opts, self.stages, self.clip, self.device, self.dtype)
+        return drawer(opts, self.stages, self.reader, self.dtype)
 
     def _prior(self, opts: Options) -> tuple[str, Stage | None]:
         """How text becomes an embedding, and the stage for that."""
@@ -310,36 +296,6 @@ class UnCLIP:
         stage = self.ar_prior if by == "ar" else self.prior
         check_prior(by, stage, self.decoder)
         return by, stage
-
-    def _prompts(self, prompts: Any) -> list[str]:
-        """Prompts, with a warning where this model's encoder does not read all of them."""
-        several = as_prompts(prompts)
-        notes = unread(several, self.clip.towers.tokenizer) if self.clip is not None else iter(())
-        for note in islice(notes, NOTES):
-            warnings.warn(note, UnclipWarning, stacklevel=3)
-        if more := sum(1 for _ in notes):
-            warnings.warn(f"{more} more prompts are not read whole", UnclipWarning, stacklevel=3)
-        return several
-
-    def text_encoding(self, prompts: Sequence[str]) -> TextEncoding:
-        with self._resident_clip() as clip:
-            return clip.encode_text(prompts)
-
-    def _usual_norm(self) -> float | None:
-        """The norm of raw embeddings, as far as the stages or the encoder know it."""
-        scales = (getattr(stage.network, "scale", None) for stage in self.stages)
-        norm = next((scale.norm for scale in scales if scale is not None and scale.norm), None)
-        if norm is not None or self.clip is None:
-            return norm
-        with self._resident_clip() as clip:
-            return clip.norm
-
-    @contextmanager
-    def _resident_clip(self) -> Iterator[FrozenCLIP]:
-        if self.clip is None:
-            raise CheckpointError(NO_CLIP)
-        with resident([self.clip], self.device):
-            yield self.clip
 
     def need(self, name: str, purpose: str) -> Stage:
         """A stage by name. **Raises**: `CheckpointError` saying what it is needed for."""

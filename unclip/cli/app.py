@@ -9,19 +9,19 @@ What needs torch is imported inside the verbs, so that a mistyped option answers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from unclip import __version__
 from unclip.cli import data, edits, evaluation, models, pictures, training
 from unclip.cli.arguments import expanded
 from unclip.errors import exit_on_error
 
 app = typer.Typer(
     name="unclip",
-    help="Pictures from text, from pictures and from CLIP embeddings (DALL·E 2, unCLIP).",
     epilog="Exit codes: 2 usage or configuration, 3 data, 4 checkpoint.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -41,10 +41,33 @@ for verb in (
     models.info,
     models.assemble,
     models.convert,
+    training.train,
+    training.configs,
+    training.new,
+    models.measure,
     training.plan,
     evaluation.evaluate,
+    evaluation.experiment,
 ):
-    app.command()(expanded(verb))
+    # A stage's own options go to its own parser, --help among them.
+    passed_on = {"ignore_unknown_options": True, "help_option_names": []}
+    settings = passed_on if verb is training.train else {}
+    app.command(context_settings=settings)(expanded(verb))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"unclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Pictures from text, from pictures and from CLIP embeddings (DALL·E 2, unCLIP)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

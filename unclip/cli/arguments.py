@@ -17,7 +17,9 @@ from unclip.text import meant
 SEEDS = 2**63 - 1
 Dtype = Literal["fp32", "fp16", "bf16"]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
-Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
+Prompts = Annotated[
+    list[str] | None, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")
+]
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 N = Annotated[int, typer.Option("--n", min=1, help="Pictures for each prompt, or each input.")]
@@ -26,7 +28,21 @@ Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels [default: 
 BY_STAGE = "One value for the decoder, or by stage: prior=…,decoder=…,upsampler_256=…"
 Steps = Annotated[str | None, typer.Option(help=f"Sampling steps. {BY_STAGE}")]
 Guidance = Annotated[str | None, typer.Option(help=f"Guidance scale, 1 is off. {BY_STAGE}")]
-Sampler = Annotated[str | None, typer.Option(help=f"ddpm, ddim, dpm++ or unipc. {BY_STAGE}")]
+Sampler = Annotated[
+    str | None, typer.Option(help=f"ddpm, ddim, dpm++, unipc or analytic. {BY_STAGE}")
+]
+Interval = Annotated[
+    str | None,
+    typer.Option(help="Guide the decoder in a part of time only, as 0.2,0.8; 1 is pure noise."),
+]
+TextGuidance = Annotated[
+    float | None,
+    typer.Option(help="The decoder's guidance by the caption; --guidance is the embedding's then."),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Scale the decoder's x_0 so that this share stays in range, as 0.99."),
+]
 Negative = Annotated[
     str | None,
     typer.Option("--negative", parser=meant, help="A prompt to be guided away from."),
@@ -40,7 +56,11 @@ Prior = Annotated[
     ),
 ]
 Tile = Annotated[int | None, typer.Option(help="Upsample in tiles of this side: less memory.")]
-Out = Annotated[Path, typer.Option(help="A folder, or a .png file for a single picture.")]
+Out = Annotated[Path, typer.Option(help="A folder, or a file for a single picture.")]
+Format = Annotated[
+    Literal["png", "webp", "jpg"] | None,
+    typer.Option("--format", help="Of the files [default: png, or as --out ends]."),
+]
 MODEL = "A model folder, a run or a hub id [default: the shipped weights]."
 Model = Annotated[Path | None, typer.Option(help=MODEL)]
 ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL)]
@@ -68,8 +88,12 @@ class Asked:
     steps: Steps = None
     guidance: Guidance = None
     sampler: Sampler = None
+    interval: Interval = None
+    text_guidance: TextGuidance = None
+    threshold: Threshold = None
     tile: Tile = None
     out: Out = Path("out")
+    form: Format = None
     model: Model = None
     variant: Variant = None
     device: Device = "auto"

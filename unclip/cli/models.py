@@ -1,4 +1,4 @@
-"""The verbs that work on models: info, assemble, convert."""
+"""The verbs that work on models: info, assemble, convert, measure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from unclip.cli.arguments import Dtype, ModelArgument, Variant
-from unclip.cli.shell import default_model, to_dtype
+from unclip.cli.arguments import Device, Dtype, ModelArgument, Variant
+from unclip.cli.shell import default_model, to_device, to_dtype
 
 
 def info(folder: ModelArgument = None, variant: Variant = None) -> None:
@@ -34,8 +34,13 @@ def info(folder: ModelArgument = None, variant: Variant = None) -> None:
 
 def assemble(
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    clip: Annotated[Path | None, typer.Option(help="Run or model folder of the encoder.")] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Run or model folder of the encoder, or open_clip's name.")
+    ] = None,
     prior: Annotated[Path | None, typer.Option(help="Run or model folder of the prior.")] = None,
+    ar_prior: Annotated[
+        Path | None, typer.Option(help="Run or model folder of the autoregressive prior.")
+    ] = None,
     decoder: Annotated[
         Path | None, typer.Option(help="Run or model folder of the decoder.")
     ] = None,
@@ -47,7 +52,7 @@ def assemble(
     """Collect stages from runs (their newest averaged weights) into one model folder."""
     from unclip.assemble import assemble as collect
 
-    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype))
+    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype), ar_prior)
     print(out)
 
 
@@ -73,3 +78,19 @@ def convert(
     for note in carry(root, out, wanted, variant=variant, allow_pickle=allow_pickle):
         print(f"note: {note}", file=sys.stderr)
     print(out)
+
+
+def measure(
+    model: ModelArgument = None,
+    data: Annotated[str, typer.Option(help="What it was trained on: as data.train.")] = "emoji",
+    limit: Annotated[int, typer.Option(min=16, help="Pairs to measure on.")] = 10_000,
+    device: Device = "auto",
+) -> None:
+    """Measure what the sampler `analytic` needs to know of a prior, and keep it with the stage."""
+    from unclip.evaluation.power import measure_prior
+
+    found = measure_prior(model or default_model(), data, limit, to_device(device))
+    low, high = min(found), max(found)
+    print(
+        f"mean square of the prior's ε: {found[low]:.3f} at t = {low}, {found[high]:.3f} at {high}"
+    )

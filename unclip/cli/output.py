@@ -1,7 +1,8 @@
-"""Pictures onto disk: names that overwrite nothing, and PNGs that say how they were made."""
+"""Pictures onto disk: names that overwrite nothing, and files that say how they were made."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,23 +20,49 @@ from unclip.images import grid
 from unclip.text import whole
 
 THUMBNAIL = 256  # a contact sheet's pictures are no larger, and 64 where there are many
+FORMATS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
+QUALITY = 95  # of those that lose something
+DESCRIPTION = 0x010E  # EXIF's tag
 NAME_LENGTH = 40  # letters of a prompt in a file name; four bytes each at worst
 
 
+def encoded(image: Image.Image, form: str, about: Mapping[str, Any]) -> bytes:
+    """A picture as a file of this format that says how it was made: in a PNG's text, or as JSON in
+    the image description of a JPEG or WebP."""
+    texts = {
+        key: whole(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in about.items()
+        if value is not None
+    }
+    file = io.BytesIO()
+    if form == "png":
+        chunks = PngInfo()
+        for key, text in texts.items():
+            chunks.add_itxt(key, text)
+        image.save(file, "PNG", pnginfo=chunks)
+    else:
+        exif = Image.Exif()
+        exif[DESCRIPTION] = json.dumps(texts)  # in ASCII, which is all it may hold
+        image.save(file, FORMATS[form], quality=QUALITY, exif=exif)
+    return file.getvalue()
+
+
 class Writer:
-    """Writes a verb's pictures into a folder, or one picture into a .png file.
+    """Writes a verb's pictures into a folder, or one picture into a file.
 
     Every path is printed as soon as it is written.
 
     **Raises**: `ConfigError` where nothing can be written, before any work is done.
     """
 
-    def __init__(self, out: Path, count: int):
+    def __init__(self, out: Path, count: int, form: str | None = None):
         self.out = out
-        self.single = out.suffix.lower() == ".png"
+        named = out.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        self.single = named in FORMATS
+        self.form = named if self.single else form or "png"
         self.expect(count)
-        if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
-            raise ConfigError(f"--out {out}: pictures are written as .png, or into a folder")
+        if form not in (None, self.form):
+            raise ConfigError(f"--out {out} is no {form}, which --format asks for")
         check_writable(out.parent if self.single else out, "--out")
         self.thumbnails: list[Image.Image] = []
 
@@ -47,20 +74,16 @@ class Writer:
 
     def save(self, image: Image.Image, name: str, about: Mapping[str, Any]) -> Path:
         """Write one picture under a free name made of `name` and the seed in `about`, which goes
-        into the PNG; `read_about` has it back."""
-        chunks = PngInfo()
-        for key, value in about.items():
-            said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            chunks.add_itxt(key, whole(said))
+        into the file; `read_about` has a PNG's back."""
         if self.count > 1:
             side = THUMBNAIL if self.count <= 256 else 64
             self.thumbnails.append(image if image.width <= side else image.resize((side, side)))
-        return self._write(image, f"{slug(name)}-{about['seed']}", chunks)
+        return self._write(image, f"{slug(name)}-{about['seed']}", about)
 
     def sheet(self, name: str, columns: int, captions: Sequence[str] | None = None) -> None:
         """Write the contact sheet where several pictures were made."""
         if len(self.thumbnails) > 1:
-            self._write(grid(self.thumbnails, columns, captions), f"{slug(name)}-sheet", PngInfo())
+            self._write(grid(self.thumbnails, columns, captions), f"{slug(name)}-sheet", {})
 
     def animation(self, images: Sequence[Image.Image], name: str, suffix: str) -> None:
         """Write pictures there and back as a .gif or .webp."""
@@ -69,11 +92,11 @@ class Writer:
         path = self.out / f"{slug(name)}{suffix}"
         self._save(path, lambda to: frames[0].save(to, suffix[1:].upper(), **how))
 
-    def _write(self, image: Image.Image, stem: str, chunks: PngInfo) -> Path:
-        path = self.out if self.single else self.out / f"{stem}.png"
-        return self._save(path, lambda beside: image.save(beside, "PNG", pnginfo=chunks))
+    def _write(self, image: Image.Image, stem: str, about: Mapping[str, Any]) -> Path:
+        path = self.out if self.single else self.out / f"{stem}.{self.form}"
+        return self._save(path, lambda to: to.write_bytes(encoded(image, self.form, about)))
 
-    def _save(self, path: Path, write: Callable[[Path], None]) -> Path:
+    def _save(self, path: Path, write: Callable[[Path], object]) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path = write_new(path, write)

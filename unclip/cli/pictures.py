@@ -25,10 +25,14 @@ from unclip.errors import ConfigError
 
 
 def text(
-    prompts: Prompts,
+    prompts: Prompts = None,
     n: N = 1,
     *,
     asked: Asked,
+    file: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="A .txt, .csv or .jsonl of prompts."),
+    ] = None,
     prior_candidates: Annotated[
         int | None,
         typer.Option(
@@ -42,19 +46,37 @@ def text(
     negative: Negative = None,
     prior: Prior = None,
 ) -> None:
-    """Make pictures of one or several prompts."""
+    """Make pictures of one or several prompts, or of a file of them.
+
+    A .csv or .jsonl has a prompt a line, and perhaps its seed, n and negative. Its pictures go into
+    a folder or a .tar; the same command again draws those that are not there yet.
+    """
+    if bool(prompts) == (file is not None):
+        raise ConfigError("give PROMPTs, or a file of them by --prompts: one of the two")
+    more: dict[str, Any] = {
+        "prior_candidates": prior_candidates,
+        "candidates": candidates,
+        "prior": prior,
+    }
+    if file is not None:
+        return _batch(file, n, asked, negative, more)
+    assert prompts is not None
     labels = [prompt for prompt in prompts for _ in range(n)]
-    making = Making(
-        "text",
-        asked,
-        len(labels),
-        prior_candidates=prior_candidates,
-        candidates=candidates,
-        negative_prompt=negative,
-        prior=prior,
-    )
+    making = Making("text", asked, len(labels), negative_prompt=negative, **more)
     pictures = making.pipe.iterate(prompts, n, asked.seed, options=making.options)
     making.save(pictures, labels, prompts=labels, columns=_columns(len(prompts), n))
+
+
+def _batch(file: Path, n: int, asked: Asked, negative: str | None, more: dict[str, Any]) -> None:
+    from unclip.cli import batch
+
+    wanted = batch.pictures_of(batch.read_lines(file), n, asked.seed, negative)
+    form = asked.form or "png"
+    place = batch.open_place(asked.out, form)
+    making = Making("text", asked, None, source=file.name, **more)
+    same = {"model": making.hash, "settings": making.settings}
+    for path in batch.draw(making.pipe, making.options, wanted, place, form, same):
+        print(path, flush=True)
 
 
 def vary(

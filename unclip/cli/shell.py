@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.arguments import Asked, by_stage
+from unclip.cli.arguments import Asked, by_stage, numbers
 from unclip.errors import CheckpointError, ConfigError
+from unclip.shipped import shipped
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from unclip.options import Options
     from unclip.pipeline import UnCLIP
 
+OWN = ("text_guidance", "threshold")  # the decoder's, and as they were said
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -27,9 +29,9 @@ class Making:
     """A verb's way from what was asked to pictures on disk: `pipe` makes them, with `options` and
     from `seed` on; `save` writes them as they are ready.
 
-    `count` says how many there will be, `meant_for` which kind of stage single values of options
-    are for; `more` are options that not every verb has, and `source` names what is worked on;
-    `exact` draws from inverted noise.
+    `count` says how many there will be (None: whoever asks writes them), `meant_for` which kind of
+    stage single values of options are for; `more` are options that not every verb has, and `source`
+    names what is worked on; `exact` draws from inverted noise.
 
     **Raises**: `ConfigError` where nothing can be written, before the model is loaded, or for
     options that it can't follow; `CheckpointError`.
@@ -39,7 +41,7 @@ class Making:
         self,
         verb: str,
         asked: Asked,
-        count: int = 1,
+        count: int | None = 1,
         *,
         meant_for: str = "decoder",
         source: str | None = None,
@@ -51,7 +53,8 @@ class Making:
 
         from unclip.cli.output import Writer
 
-        self.writer = Writer(asked.out, count)
+        if count is not None:
+            self.writer = Writer(asked.out, count, asked.form)
 
         from unclip.files.find import resolve_folder
 
@@ -70,7 +73,9 @@ class Making:
             from unclip.edit import exact as as_inverted
 
             self.pipe = as_inverted(self.pipe)
-        named |= {"size": asked.size, "tile": asked.tile}
+        named |= {name: getattr(asked, name) for name in ("size", "tile", *OWN)}
+        if asked.interval is not None:
+            named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
 
@@ -118,18 +123,15 @@ def square(count: int) -> int:
 
 
 def default_model() -> Path:
-    """The shipped weights: in an installed package inside it, in a clone beside it.
+    """The shipped weights. **Raises**: `CheckpointError` if they are not there."""
+    from unclip.files.folder import INDEX
 
-    **Raises**: `CheckpointError` if they are in neither place.
-    """
-    package = Path(__file__).resolve().parents[1]
-    places = [package / "weights" / "emoji", package.parent / "weights" / "emoji"]
-    for place in places:
-        if (place / "unclip.json").is_file():
-            return place
-    raise CheckpointError(
-        f"the shipped weights are not at {places[1]}; name a model folder or a run with --model"
-    )
+    place = shipped("weights/emoji")
+    if not (place / INDEX).is_file():
+        raise CheckpointError(
+            f"the shipped weights are not at {place}; name a model folder or a run with --model"
+        )
+    return place
 
 
 def to_device(name: str) -> torch.device:

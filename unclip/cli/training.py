@@ -1,16 +1,74 @@
-"""The verbs that work on trainings: plan."""
+"""The verbs that work on trainings: train, configs, new, plan."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from unclip.errors import ConfigError
+from unclip.shipped import configuration, configurations
+
+CONFIG = "A YAML file, or the name of a shipped one."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]")]
+
+
+def train(arguments: Annotated[list[str] | None, typer.Argument(metavar="STAGE …")] = None) -> None:
+    """Train a stage: `unclip train STAGE CONFIG [key=value …]`; --help says more."""
+    from unclip.train import main
+
+    main(arguments or ["--help"])
+
+
+def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the configurations that ship, or print one, to be changed: > my.yaml."""
+    if name is not None:
+        path = configuration(name)
+        if not path.is_file():
+            raise ConfigError(f"no configuration {name}; `unclip configs` lists those that ship")
+        print(path.read_text(encoding="utf-8"), end="")
+        return
+    shipped = configurations()
+    width = max(map(len, shipped), default=0)
+    for known, path in shipped.items():
+        print(f"{known:<{width}}  {_first_sentence(path.read_text(encoding='utf-8'))}")
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment at a file's head."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    said = " ".join(line[1:].strip() for line in head)
+    return re.split(r"\.\s|:\s(?=\s|accelerate)", said)[0].rstrip(".")
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="Where they are written, and runs will lie.")],
+    data: Annotated[str, typer.Option(help="What data.train may name: a folder of pictures …")],
+    machine: Annotated[
+        Literal["cpu", "gpu24", "gpus8"],
+        typer.Option("--for", help="A CPU, a GPU of 24 GB, eight GPUs in one machine."),
+    ] = "cpu",
+) -> None:
+    """Write a commented configuration of each stage for your own pictures, and say what is next."""
+    from unclip.training.new import new as write
+
+    commands = write(folder, data, machine)
+    for file in commands:
+        print(file)
+    stages = [file.with_suffix("") for file in commands]
+    options = " ".join(f"--{stage.name.partition('_')[0]} {stage}" for stage in stages)
+    print("next, one after the other:")
+    print("\n".join(f"  {command}" for command in commands.values()))
+    print(f"  unclip assemble {options} --out {folder / 'model'}")
+    print(f'  unclip text "a caption" --model {folder / "model"}')
+
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="Of a prior, a decoder or an upsampler.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]")] = None,
+    config: Annotated[str, typer.Argument(help=f"{CONFIG} Of a prior, a decoder or an upsampler.")],
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many there are.")] = 1,
     shard: Annotated[
         bool, typer.Option("--shard", help="Each holds its share (FSDP2), not a copy (DDP).")

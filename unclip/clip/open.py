@@ -33,11 +33,12 @@ from unclip.files.diffusers import (
     TOKENIZER,
     Folder,
 )
-from unclip.files.disk import from_home, read_json, tally
+from unclip.files.disk import read_json, tally
 from unclip.files.find import resolve_folder
 from unclip.files.folder import CONFIG, WEIGHTS
 from unclip.files.tensors import TensorFile, load_tensors
 from unclip.progress import without_bars
+from unclip.shipped import located
 
 CLIP_SIZE = 224  # side of the pictures that CLIP's own preprocessing makes
 KEYS = ("missing", "unexpected", "mismatched")
@@ -60,7 +61,7 @@ def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
 
     **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
     """
-    path = from_home(source)
+    path = located(source)
     if not path.is_dir():
         return _from_open_clip(source)
     if (path / PIPELINE).is_file():

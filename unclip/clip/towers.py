@@ -225,6 +225,15 @@ class OpenClipTowers(nn.Module):
             linear = isinstance(projection, nn.Linear)
             self.width = projection.out_features if linear else projection.shape[1]
 
+    @classmethod
+    def new(cls, config: ClipConfig, tokenizer: BpeTokenizer) -> OpenClipTowers:
+        """Random weights, to be trained, with a row for each id that the tokenizer knows."""
+        text = config.text_cfg.model_copy(update={"vocab_size": int(tokenizer.rows.max()) + 1})
+        config = config.model_copy(update={"text_cfg": text})
+        model: Any = build_clip(config)
+        # A ResNet is a quarter faster with channels last.
+        return cls(model.to(memory_format=torch.channels_last), tokenizer, config)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """**Shapes**: (B, 3, R, R) preprocessed → (B, D)."""
         return self.model.encode_image(pixels)  # type: ignore[operator]

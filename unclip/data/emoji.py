@@ -30,6 +30,7 @@ from unclip.errors import DataError
 from unclip.files.disk import replacing
 from unclip.images import fit_square, load_image, to_pixels, to_rgb
 from unclip.progress import progress_bar
+from unclip.shipped import shipped
 
 RASTER_SET = "fluent-3d"
 FLUENT_SETS = ("fluent-emoji", "fluent-emoji-flat", "fluent-3d")  # they share drawings
@@ -90,6 +91,10 @@ class Emoji:
     def caption(self, index: int) -> str:
         """The canonical caption, with which validation is done."""
         return canonical_caption(self.records[index])
+
+    def attributes(self, index: int) -> dict[str, str]:
+        """What picture `index` is one of."""
+        return {name: self.records[index][name] for name in ("style", "group")}
 
     def has_fluent_sibling(self, index: int) -> bool:
         """Whether a Fluent picture has its concept in *another* Fluent set in training.
@@ -176,13 +181,12 @@ def _draw(high: int, generator: torch.Generator) -> int:
 
 
 def data_folder() -> Path:
-    """Where the pictures lie: `$UNCLIP_EMOJI`, or `data/emoji` beside the package."""
-    chosen = os.environ.get("UNCLIP_EMOJI")
-    root = Path(chosen) if chosen else Path(__file__).parents[2] / "data" / "emoji"
+    """Where the pictures lie: `$UNCLIP_EMOJI`, or where they come with the library."""
+    root = Path(os.environ.get("UNCLIP_EMOJI") or shipped("data/emoji"))
     if not (root / "samples.jsonl.gz").is_file():
         raise DataError(
-            f"no emoji data at {root}; it comes with the repository (data/emoji), not with the "
-            "installed package: point UNCLIP_EMOJI at that folder"
+            f"no emoji data at {root}; it comes with the library, or point UNCLIP_EMOJI at the "
+            "folder data/emoji of a clone"
         )
     return root
 

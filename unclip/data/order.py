@@ -21,10 +21,6 @@ from unclip.errors import ConfigError, DataError, UnclipError
 from unclip.randomness import generator, permutation
 
 
-def _as_read(batch: Batch) -> Batch:
-    return batch
-
-
 def micro_batch(batch: int, accumulate: int, world: int) -> int:
     """A process's samples at a time. **Raises**: `ConfigError` when the batch can't be divided."""
     per, left = divmod(batch, accumulate * world)
@@ -47,7 +43,7 @@ def batches(
     accumulate: int = 1,
     crop: int | None = None,
     workers: int = 0,
-    made: Callable[[Batch], Batch] = _as_read,
+    made: Callable[[Batch], Batch] | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Micro-batches of one process from `start_step` on, without end, in order.
@@ -165,11 +161,12 @@ class _ById(TorchDataset[Any]):
 class _Join:
     """Samples to a batch, where they were read, with what else is `made` of it there."""
 
-    def __init__(self, made: Callable[[Batch], Batch]) -> None:
+    def __init__(self, made: Callable[[Batch], Batch] | None) -> None:
         self.made = made
 
     def __call__(self, items: list[Any]) -> Batch | UnclipError:
         errors = [item for item in items if isinstance(item, UnclipError)]
         if errors:
             return errors[0]
-        return self.made(Batch.of([sample for _, sample in items], [g for g, _ in items]))
+        batch = Batch.of([sample for _, sample in items], [g for g, _ in items])
+        return batch if self.made is None else self.made(batch)

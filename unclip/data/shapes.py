@@ -110,6 +110,12 @@ class Shapes:
         """What picture `index` shows, always the same."""
         return _held_out_scenes()[index] if self.split == "val" else _training_scene(index)
 
+    def attributes(self, index: int) -> dict[str, str]:
+        """What picture `index` shows, where it is a single object."""
+        first, *more = self.scene(index).objects
+        names = () if more else ("colour", "shape", "position", "size")
+        return {name: getattr(first, name) for name in names}
+
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index`; in training the generator picks the caption's wording."""
         scene = self.scene(index)

@@ -8,14 +8,13 @@ B batch, T timesteps of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from unclip.diffusion.guidance import Guess
 from unclip.diffusion.process import GaussianDiffusion
-from unclip.errors import ConfigError
 
 
 def reverse_variance(here: float, there: float, power: float) -> float:
@@ -60,34 +59,32 @@ class AnalyticDPM:
         self._alpha_bar, self._power = diffusion.alpha_bar, power
 
     def step(
-        self, x0: Tensor, timestep: Tensor, sample: Tensor, *, generator: Sequence[torch.Generator]
-    ) -> Tensor:
+        self,
+        x0: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        *,
+        generator: Sequence[torch.Generator],
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
         """One step towards the next of `timesteps`, or from the last one to x0.
 
         **Shapes**: x0, sample (B, *), generators B → (B, *).
         """
         after = self.timesteps[self.timesteps < timestep]
         if not len(after):
-            return x0
+            return (x0,)
         here, there = (float(self._alpha_bar[int(k)]) for k in (timestep, after[0]))
         variance = reverse_variance(here, there, float(self._power[int(timestep)]))
         posterior = (1 - there) / (1 - here) * (1 - here / there)
         eps = (sample - here**0.5 * x0) / (1 - here) ** 0.5
         mean = there**0.5 * x0 + (1 - there - posterior) ** 0.5 * eps
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generator])
-        return mean + variance**0.5 * noise.to(mean.device)
+        return (mean + variance**0.5 * noise.to(mean.device),)
 
 
-def interpolated(power: dict[int, float], steps: int, what: str) -> Tensor:
-    """The stored statistics at every timestep, linearly between those measured.
-
-    **Shapes**: → (T,). **Raises**: `ConfigError` where there are none.
-    """
-    if not power:
-        raise ConfigError(
-            f"{what} holds no statistics for the sampler 'analytic'; measure them with "
-            "`measure_power`, or choose ddim or dpm++"
-        )
+def interpolated(power: Mapping[int, float], steps: int) -> Tensor:
+    """The statistics at every timestep, linearly between those measured. **Shapes**: → (T,)."""
     at = sorted(power)
     known = torch.tensor([power[t] for t in at], dtype=torch.float64)
     grid = torch.arange(steps, dtype=torch.float64)

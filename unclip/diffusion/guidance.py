@@ -23,6 +23,21 @@ class Guess(Protocol):
         """x_0 and the channels of a learned variance. **Shapes**: (B, *) → (B, *), float32."""
 
 
+def dynamic_threshold(share: float, bound: float) -> Callable[[Tensor], Tensor]:
+    """Bounds x_0 by each sample's own values: where more than 1 - `share` of them lie beyond
+    `bound`, all are scaled down until they don't; the rest is cut off.
+
+    **Source**: Saharia et al. 2022 (Imagen), Section 2.3.
+    """
+
+    def within(x0: Tensor) -> Tensor:
+        limit = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=bound)  # (B,)
+        limit = limit.view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) * (bound / limit)
+
+    return within
+
+
 class Guided:
     """A denoiser's guess under classifier-free guidance (Ho & Salimans 2021).
 

@@ -7,6 +7,7 @@ paper. One object serves embeddings (B, D) and images (B, C, H, W): every functi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -54,10 +55,11 @@ class GaussianDiffusion:
 
     The schedule is held in float64 on the CPU, ᾱ as products of float32 numbers, which is how the
     published networks had it in training and sampling; whatever is computed from it is float32.
+    `power` is what was measured of a network on it, E‖ε_θ‖²/d by timestep (see `analytic`).
     """
 
-    def __init__(self, config: DiffusionConfig):
-        self.config = config
+    def __init__(self, config: DiffusionConfig, power: Mapping[int, float] | None = None):
+        self.config, self.power = config, dict(power or {})
         self.betas = betas(config.schedule, config.steps)
         alphas = 1 - self.betas
         self.alpha_bar = (1 - self.betas.float()).cumprod(0).double()
@@ -75,11 +77,8 @@ class GaussianDiffusion:
             "mean_xt": self.posterior_mean_xt,
             "log_small": small.log(),
             "log_large": self.betas.log(),
+            "weight": loss_weights(config.weight, config.target, self.alpha_bar, config.bias),
         }
-        if config.weight != "target":
-            values["weight"] = loss_weights(
-                config.weight, config.target, self.alpha_bar, config.bias
-            )
         # By device, so that looking up makes no host wait for an accelerator.
         self._tables = {torch.device("cpu"): {name: row.float() for name, row in values.items()}}
 
@@ -143,8 +142,7 @@ class GaussianDiffusion:
         mse = _mean((prediction - self.target(x0, t, noise)) ** 2)
         quarter = (t * 4 // self.config.steps).to(mse.device)
         by_time = {f"mse_q{k}": mse.where(quarter == k, torch.nan) for k in range(4)}
-        if self.config.weight != "target":
-            mse = mse * self._at("weight", t, mse)
+        mse = mse * self._at("weight", t, mse)
         if variance is None:
             return {"loss": mse, **by_time}
         # The mean is detached: L_vlb must teach the variance only.

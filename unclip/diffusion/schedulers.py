@@ -1,4 +1,4 @@
-"""The schedulers of diffusers on our schedule: DDPM, DDIM, DPM-Solver++, UniPC.
+"""The schedulers of diffusers on our schedule: DDPM, DDIM, DPM-Solver++, UniPC; and Analytic-DPM.
 
 They differ in how they treat variance channels, clipping and prediction types, so the sampling loop
 settles all three and hands them a finished x_0 with `prediction_type="sample"`.
@@ -17,10 +17,11 @@ from diffusers import (
 )
 from torch import Tensor
 
+from unclip.diffusion.analytic import AnalyticDPM, interpolated
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import ConfigError
 
-SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc"]
+SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "analytic"]
 # The multistep solvers work in λ = log(√ᾱ / √(1 − ᾱ)), which the cosine schedule drives to −20 in
 # its last few steps. From here up nothing but noise is left, so they start here.
 LAMBDA_MIN = -5.1
@@ -48,6 +49,11 @@ def check_sampler(
     if sampler not in get_args(SamplerName):
         known = ", ".join(get_args(SamplerName))
         raise ConfigError(f"unknown sampler {sampler!r}; choose one of {known}")
+    if sampler == "analytic" and not diffusion.power:
+        raise ConfigError(
+            "the sampler 'analytic' needs statistics of the network, and this stage has none: "
+            "`unclip measure` stores them with a prior; or choose ddim or dpm++"
+        )
     total = diffusion.config.steps if levels is None else levels
     if not 1 <= steps <= total:
         raise ConfigError(f"{steps} sampling steps; choose between 1 and {total}")
@@ -60,7 +66,7 @@ def check_sampler(
 def make_scheduler(
     diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
 ) -> tuple[Any, list[int]]:
-    """A diffusers scheduler on our schedule, and the network's timestep at each of its steps.
+    """A scheduler on our schedule, and the network's timestep at each of its steps.
 
     With `levels` it begins at timestep levels - 1, where x_T then stands, instead of the noisiest.
 
@@ -69,6 +75,10 @@ def make_scheduler(
     check_sampler(diffusion, sampler, steps, levels)
     total = diffusion.config.steps if levels is None else levels
     common: dict[str, Any] = {"prediction_type": "sample"}
+    if sampler == "analytic":
+        even = torch.linspace(total - 1, 0, steps).round().long().tolist()
+        power = interpolated(diffusion.power, diffusion.config.steps)
+        return AnalyticDPM(diffusion, even, power), even
     if sampler == "ddpm":
         learned = diffusion.config.learned_variance
         scheduler: Any = Ancestral(

@@ -76,11 +76,12 @@ class Group:
 
 
 def drawers(
-    pipe: UnCLIP, group: Group, z_train: Tensor, options: dict[str, Any]
+    pipe: UnCLIP, group: Group, z_train: Tensor, options: dict[str, Any], prior: str | None = None
 ) -> dict[str, Draw]:
     """How each row of the table comes to its pictures; rows that a model can't have are absent.
 
-    Picture k is drawn with seed k in every row. **Shapes**: z_train (M, D).
+    `prior` says how text becomes an embedding (see `PriorName`). Picture k is drawn with seed k in
+    every row. **Shapes**: z_train (M, D).
     """
     assert pipe.decoder is not None
     network = pipe.decoder.network
@@ -96,17 +97,18 @@ def drawers(
         rows["true"] = lambda k: pipe.image_from_embedding(
             z[k.start : k.stop], _captions(group, k), seed=k.start, size=side, **options
         )
-    if pipe.prior is not None:
-        if z is not None:
+    if pipe.prior is not None or pipe.ar_prior is not None:
+        told = {**options, "prior": prior}
+        if z is not None and prior != "none":
             rows["snapped"] = lambda k: pipe.image_from_embedding(
-                snap(pipe, _priors(pipe, group, k, options), z_train),
+                snap(pipe, _priors(pipe, group, k, told), z_train),
                 _captions(group, k),
                 seed=k.start,
                 size=side,
                 **options,
             )
         rows["product"] = lambda k: pipe.text_to_image(
-            _captions(group, k), seed=k.start, size=side, **options
+            _captions(group, k), seed=k.start, size=side, **told
         )
     return rows
 

@@ -5,35 +5,24 @@ S samples of a name, D CLIP embedding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from unclip.evaluation.drawings import Group
 from unclip.evaluation.measures import Probe, spread
-from unclip.evaluation.subjects import Subjects, Wording
-from unclip.pipeline import UnCLIP
+from unclip.evaluation.setting import OWN, Setting
 
 NAMES, SAMPLES = 12, 32
 LEAST_STYLES = 3  # of a name in the data
 SURE = 0.8
 
 
-def prior_draws(
-    pipe: UnCLIP,
-    train: Subjects,
-    z_train: Tensor,
-    group: Group,
-    wording: Wording,
-    options: dict[str, Any],
-) -> dict[str, float]:
+def prior_draws(setting: Setting, group: Group) -> dict[str, float]:
     """Over seeds of a name without a style: how far embeddings spread beside the true ones of that
     name, which of its styles occur, how sure of a style the probe is. With a style: how often it
     is the right one. `group` are captions with styles.
-
-    **Shapes**: z_train (M, D).
     """
+    pipe, train, wording = setting.pipe, setting.train, setting.request.wording
+    options, z_train = {**setting.options, "prior": setting.prior}, train.seen[OWN]  # (M, D)
     assert pipe.prior is not None and train.styles is not None and group.styles is not None
     scale = pipe.prior.network.scale
     number = {style: k for k, style in enumerate(dict.fromkeys(train.styles))}

@@ -15,9 +15,10 @@ from unclip.text import markdown_table
 
 SHOWN = 24  # captions of a group on the page
 Table = tuple[str, str, list[str], list[list[str]]]  # title, what it says, header, rows
+Columns = Mapping[str, tuple[str, float, int]]  # measure → head of its column, factor, digits
 
 PERCENT, THOUSANDTHS = 100, 1000
-COLUMNS = {  # measure → head of its column, factor, digits
+COLUMNS: Columns = {
     "same": ("same", PERCENT, 0),
     "same5": ("same of 5", PERCENT, 0),
     "style": ("style", PERCENT, 0),
@@ -28,13 +29,13 @@ COLUMNS = {  # measure → head of its column, factor, digits
     "coverage": ("coverage", PERCENT, 0),
     "frechet": ("Fréchet", 1, 1),
 }
-JUDGED = {
+JUDGED: Columns = {
     "top1": ("name top-1", PERCENT, 1),
     "top5": ("top-5", PERCENT, 1),
     "nearest": ("own z nearest", PERCENT, 1),
     "cosine": ("cosine to it", 1, 3),
 }
-UPSCALED = {
+UPSCALED: Columns = {
     "pictures": ("N", 1, 0),
     "psnr": ("PSNR dB", 1, 2),
     "psnr_bicubic": ("bicubic's", 1, 2),
@@ -59,7 +60,7 @@ def tables(scores: Mapping[str, Any]) -> list[Table]:
         about = f"In features of {scores['features'][network]}. {MEANING}"
         for group, rows in groups.items():
             title = f"{group}, {scores['captions'][group]} captions, by {network}"
-            found.append((title.capitalize(), about, *_lines(COLUMNS, _titled(rows))))
+            found.append((title.capitalize(), about, *lines_of(COLUMNS, _titled(rows))))
             about = ""
     for judge, data in scores["retrieval"].items():
         about = f"Among {data['names']} names, of which {data['twins']} have a twin."
@@ -67,7 +68,7 @@ def tables(scores: Mapping[str, Any]) -> list[Table]:
             about += " This is the stack's own CLIP, which grades its own work."
         for group, rows in data["groups"].items():
             title = f"{group}, named by the {judge} CLIP".capitalize()
-            found.append((title, about, *_lines(JUDGED, _titled(rows))))
+            found.append((title, about, *lines_of(JUDGED, _titled(rows))))
             about = ""
     variety = {name: line for name, line in scores["variety"].items() if line}
     if variety:
@@ -84,7 +85,7 @@ def tables(scores: Mapping[str, Any]) -> list[Table]:
         found.append(("Does the prior draw?", about, ["measure", ""], lines))
     if scores["upsamplers"]:
         about = "From real pictures shrunk with bicubic; gradient energy below 1 is a blur."
-        found.append(("Upsamplers", about, *_lines(UPSCALED, scores["upsamplers"])))
+        found.append(("Upsamplers", about, *lines_of(UPSCALED, scores["upsamplers"])))
     return found
 
 
@@ -92,8 +93,8 @@ def _titled(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {ROWS[row]: line for row, line in rows.items()}
 
 
-def _lines(
-    columns: Mapping[str, tuple[str, float, int]], rows: Mapping[str, Mapping[str, float]]
+def lines_of(
+    columns: Columns, rows: Mapping[str, Mapping[str, float]]
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells; a column that no row has is left out."""
     kept = [key for key in columns if any(key in line for line in rows.values())]
@@ -108,10 +109,10 @@ def _cell(value: float | None, factor: float, digits: int) -> str:
     return "–" if value is None else f"{value * factor:.{digits}f}"
 
 
-def markdown(scores: Mapping[str, Any]) -> str:
-    """The tables for a terminal or a model card."""
+def markdown(found: Sequence[Table]) -> str:
+    """Tables for a terminal or a model card."""
     parts = []
-    for title, about, header, rows in tables(scores):
+    for title, about, header, rows in found:
         text = f"{about}\n\n" if about else ""
         parts.append(f"### {title}\n\n{text}{markdown_table(header, rows)}")
     return "\n\n".join(parts)

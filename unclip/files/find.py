@@ -8,18 +8,19 @@ from pathlib import Path
 from unclip.errors import CheckpointError
 from unclip.files.checkpoints import MANIFEST, check_manifest, newest_checkpoint
 from unclip.files.diffusers import PIPELINE
-from unclip.files.disk import from_home
 from unclip.files.folder import INDEX
+from unclip.shipped import located
 
 
 def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """The model folder that a name means: itself, a run's newest sound checkpoint, or a hub id's.
 
-    A folder in Karlo's layout is one too. `allow_pickle` downloads `.bin` files as well.
+    A folder in Karlo's layout is one too; `weights/emoji` is the shipped one wherever we are.
+    `allow_pickle` downloads `.bin` files as well.
 
     **Raises**: `CheckpointError` if there is none.
     """
-    path = from_home(source)
+    path = located(source)
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
     if is_id and not path.parent.is_dir():  # below a folder that is there it would be a path
         path = _download(str(source), allow_pickle)

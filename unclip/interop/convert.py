@@ -21,10 +21,9 @@ from unclip.files.disk import check_writable, write_json
 from unclip.files.folder import CONFIG, INDEX, WEIGHTS_LAST, read_index, update_index, write_stage
 from unclip.files.tensors import TensorFile, write_tensors
 from unclip.interop.encoder import to_transformers, write_processor, write_tokenizer
-from unclip.interop.karlo import CANDIDATES, stages
+from unclip.interop.karlo import CANDIDATES, SAMPLING, stages
 from unclip.interop.names import prior_names, text_proj_names, to_diffusers, unet_names
 from unclip.interop.settings import (
-    SAMPLING,
     to_decoder,
     to_prior,
     to_scheduler,

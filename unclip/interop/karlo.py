@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from unclip.files.diffusers import (
 )
 from unclip.interop.names import Names, Renamed, prior_names, text_proj_names, unet_names
 from unclip.interop.settings import (
-    SAMPLING,
     decoder_config,
     diffusion_config,
     prior_config,
@@ -42,7 +42,13 @@ LOW = 64  # what super_res_first enlarges, where there is no decoder to say so
 # The parts that hold the weights of each kind of stage, and of the encoder.
 PARTS = {"prior": (PRIOR,), "decoder": (DECODER, TEXT_PROJ), "upsampler": (FIRST, LAST)}
 ENCODER = (TEXT_ENCODER, IMAGE_ENCODER)
-CANDIDATES = 1  # prior samples that Karlo draws for each picture
+# Karlo's sampling, which its files don't hold: diffusers has it as defaults of its pipeline.
+CANDIDATES = 1  # prior samples for each picture
+SAMPLING: dict[str, dict[str, Any]] = {
+    "prior": {"sampler": "ddpm", "steps": 25, "guidance": 4.0},
+    "decoder": {"sampler": "ddpm", "steps": 25, "guidance": 8.0},
+    "upsampler": {"sampler": "ddpm", "steps": 7, "guidance": 1.0},
+}
 
 
 def stages(folder: Folder) -> dict[str, StoredStage]:

@@ -155,12 +155,7 @@ class ArPrior(nn.Module):
         """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
         if cond.cache is not None:
             return cond
-        if cond.text is None:
-            raise ValueError("the prior needs cond.text; null text is the encoded empty string")
-        positions = self.position[: self.config.context + 1]
-        past, mask = encode_text(
-            cond.text, self.text_tokens, self.text_embed, positions, self.transformer
-        )
+        _, past, mask = encode_text(self, cond)
         return replace(cond, cache=TextPrefix(past, mask))
 
     def forward(self, numbers: Tensor, dot: Tensor, cond: Cond) -> Tensor:

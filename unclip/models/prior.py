@@ -7,10 +7,11 @@ tokens, text embedding, time, noised image embedding, query.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -85,13 +86,8 @@ class DiffusionPrior(nn.Module):
         """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
         if cond.cache is not None:
             return cond
-        if cond.text is None:
-            raise ValueError("the prior needs cond.text; null text is the encoded empty string")
-        positions = self.position[: self.config.context + 1]
-        past, mask = encode_text(
-            cond.text, self.text_tokens, self.text_embed, positions, self.transformer
-        )
-        return replace(cond, cache=TextCache(past, mask, self.drafted(cond.text.embed)))
+        text, past, mask = encode_text(self, cond)
+        return replace(cond, cache=TextCache(past, mask, self.drafted(text.embed)))
 
     def drafted(self, embed: Tensor) -> Tensor | None:
         """The draft of raw text embeddings, if there is one. **Shapes**: (B, D) → (B, D)."""
@@ -100,43 +96,46 @@ class DiffusionPrior(nn.Module):
         return self.draft(self.text_scale(embed).to(self.out.weight.dtype))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """**Shapes**: x_t (B, D) scaled, t (B,) → prediction of the scaled x0 (B, D)."""
+        """One draw of (x_t, t) for each text, or n that read the same text, side by side.
+
+        **Shapes**: x_t (nB, D) scaled, t (nB,), those of one text in a row → prediction of the
+        scaled x0 (nB, D).
+        """
         past, mask, draft = self.prepare(cond).cache
-        x = x_t if draft is None else torch.cat([x_t, draft.to(x_t.dtype)], dim=1)  # (B, 2 D)
-        time, noised = self.time(t), self.image_embed(x.to(self.out.weight.dtype))  # (B, W)
-        x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (B, 3, W)
-        x = x + self.position[-3:]
-        own = causal(x).expand(len(x), 1, -1, -1)  # (B, 1, 3, 3)
-        mask = torch.cat([mask.expand(-1, -1, 3, -1), own], dim=-1)  # (B, 1, 3, l + 4)
-        x = self.transformer(x, mask, past)  # (B, 3, W)
-        out = self.out(x[:, -1]).to(x_t.dtype)  # (B, D)
+        n = len(x_t) // len(mask)
+        draft = None if draft is None else draft.repeat_interleave(n, dim=0)
+        x = x_t if draft is None else torch.cat([x_t, draft.to(x_t.dtype)], dim=1)  # (nB, 2 D)
+        time, noised = self.time(t), self.image_embed(x.to(self.out.weight.dtype))  # (nB, W)
+        x = torch.stack([time, noised, self.query.expand_as(noised)], dim=1)  # (nB, 3, W)
+        own = torch.block_diag(*[causal(x)] * n).expand(len(mask), 1, -1, -1)  # (B, 1, 3n, 3n)
+        mask = torch.cat([mask.expand(-1, -1, 3 * n, -1), own], dim=-1)  # (B, 1, 3n, l + 1 + 3n)
+        x = rearrange(x + self.position[-3:], "(b n) s w -> b (n s) w", n=n)
+        x = rearrange(self.transformer(x, mask, past), "b (n s) w -> (b n) s w", n=n)
+        out = self.out(x[:, -1]).to(x_t.dtype)  # (nB, D)
         if self.draft is None or draft is None:
             return out
         return out + self.draft.share(time).to(x_t.dtype) * (draft.to(x_t.dtype) - out)
 
 
-def encode_text(
-    text: TextEncoding,
-    to_tokens: nn.Linear,
-    to_embed: nn.Linear,
-    positions: Tensor,
-    transformer: Transformer,
-) -> tuple[list[KeyValue], Tensor]:
-    """Keys and values of a prior's text part: token states, then the text embedding.
+def encode_text(prior: Any, cond: Cond) -> tuple[TextEncoding, list[KeyValue], Tensor]:
+    """The text, its keys and values in a prior of either kind (token states, then the text
+    embedding), and which of these are there.
 
-    **Shapes**: positions (context + 1, W) → past, and mask (B, 1, 1, l + 1) bool. **Raises**:
-    `ValueError` for more tokens than the context.
+    **Shapes**: → mask (B, 1, 1, l + 1) bool. **Raises**: `ValueError` without text, or for more
+    tokens than the context.
     """
+    if (text := cond.text) is None:
+        raise ValueError("the prior needs cond.text; null text is the encoded empty string")
     tokens, mask = trim_text(text)  # (B, l, ·), (B, l)
-    length, context = tokens.shape[1], len(positions) - 1
+    length, context = tokens.shape[1], prior.config.context
     if length > context:
         raise ValueError(f"{length} text tokens, but context is {context}")
-    dtype = to_embed.weight.dtype
-    tokens = to_tokens(tokens.to(dtype)) + positions[:length]  # (B, l, W)
-    embed = to_embed(text.embed.to(dtype)) + positions[context]  # (B, W)
+    dtype = prior.text_embed.weight.dtype
+    tokens = prior.text_tokens(tokens.to(dtype)) + prior.position[:length]  # (B, l, W)
+    embed = prior.text_embed(text.embed.to(dtype)) + prior.position[context]  # (B, W)
     x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
     mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
-    return transformer.encode(x, mask & causal(x)), mask
+    return text, prior.transformer.encode(x, mask & causal(x)), mask
 
 
 def causal(x: Tensor) -> Tensor:

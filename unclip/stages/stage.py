@@ -189,12 +189,14 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """What its `config.json` says."""
+        power = self.diffusion.power if self.diffusion is not None else {}
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
             "diffusion": self._process(),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
+            **({"power": power} if power else {}),
         }
 
     def _process(self) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ def read_stage(folder: Path, name: str) -> StoredStage:
         )
     try:
         stage = _describe(kind, data, name, where)
-    except (ConfigError, KeyError) as error:
+    except (ConfigError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where} can't be used: {error}") from None
     weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
     return StoredStage(
@@ -99,7 +99,8 @@ def _describe(kind: Kind, data: dict[str, Any], name: str, where: str) -> Stage:
     sampling = parse_config(data["sampling"], SamplingConfig, where)
     if getattr(config, "learned_variance", False) != diffusion.learned_variance:
         raise ConfigError("learned_variance of model and diffusion must agree")
-    return Stage(name, build(config), GaussianDiffusion(diffusion), sampling, encoder)
+    power = {int(t): float(value) for t, value in data.get("power", {}).items()}
+    return Stage(name, build(config), GaussianDiffusion(diffusion, power), sampling, encoder)
 
 
 def materialise(

@@ -10,29 +10,19 @@ from typing import Any
 
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from unclip.clip.encoder import FrozenCLIP
+from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.open import DataConfig
-from unclip.data.sample import Batch, Dataset
-from unclip.models.ar_prior import ArPrior, ArPriorConfig
+from unclip.data.sample import Batch
+from unclip.models.ar_prior import ArPriorConfig
 from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 from unclip.training.drafts import fit_quantizer
-from unclip.training.fit import TrainConfig, fit
-from unclip.training.prior import nearest_pictures, open_pairs
-from unclip.training.task import (
-    DropConfig,
-    Prepared,
-    Shown,
-    check_widths,
-    drop,
-    embeddings_of,
-    start_from,
-    stream,
-)
+from unclip.training.fit import TrainConfig
+from unclip.training.prior import PairsTask, open_pairs
+from unclip.training.task import DropConfig, Prepared, embeddings_of, train
 
 
 class ArPriorRun(Config):
@@ -46,17 +36,13 @@ class ArPriorRun(Config):
     train: TrainConfig
 
 
-class ArPriorTask:
+class ArPriorTask(PairsTask):
     """Predict each quantised component of z_image from its caption and those before it."""
 
-    name = "ar_prior"
+    run: ArPriorRun
 
-    def __init__(self, run: ArPriorRun, clip: FrozenCLIP, train: Dataset | None = None):
-        check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
-        self.model: nn.Module = ArPrior(run.model)
-        self.product: nn.Module = self.model
-        self.stage = ArStage.of(self.model, run.sampling, clip.fingerprint)
+    def _stage(self, encoder: Fingerprint | None) -> ArStage:
+        return ArStage.of(self.model, self.run.sampling, encoder)
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """Cross-entropy in nats a component, and the share of buckets guessed right.
@@ -68,24 +54,12 @@ class ArPriorTask:
         text = self.clip.encode_text(batch.text)
         dot = quantizer.dot(z_image, text.embed)  # of the caption, though it may be dropped
         cond = Cond(text=text)
-        cond = cond.drop(self.clip.null_text, drop_text=drop(self.run, "text", batch.ids, z_image))
+        cond = cond.drop(self.clip.null_text, drop_text=self.drop("text", batch.ids, z_image))
         numbers = quantizer.quantize(z_image)  # (B, k)
         logits = model(numbers, dot, cond).float()  # (B, k, V)
         loss = F.cross_entropy(logits.transpose(1, 2), numbers, reduction="none").mean(1)
         right = (logits.argmax(-1) == numbers).float().mean(1)
         return {"loss": loss, "right": right}
-
-    def preview(self, model: Any) -> Image.Image | None:
-        """Each row: a validation picture, then those nearest to what its caption gave."""
-        return nearest_pictures(self.stage, model, self.run.data, self.shown, self.clip)
-
-    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The stage's `config.json`."""
-        return self.stage.describe()
-
-    def start_from(self, path: str) -> None:
-        """Take over the weights of the same stage."""
-        start_from(self.stage, path)
 
 
 def train_ar_prior(run: ArPriorRun, accelerator: Accelerator) -> Path:
@@ -97,4 +71,4 @@ def train_ar_prior(run: ArPriorRun, accelerator: Accelerator) -> Path:
         fit_quantizer(task.stage.network.quantizer, clip, dataset, run.train.seed)
 
     made = Prepared(run.train.seed, None, clip.towers.tokenizer)
-    return fit(task, stream(dataset, run, accelerator, made), run.train, run, accelerator, begin)
+    return train(task, run, dataset, accelerator, made, begin)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from unclip import randomness
 from unclip.clip.contrastive import contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.preprocessing import PreprocessConfig
-from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, build_clip, vocabulary_of
+from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, vocabulary_of
 from unclip.config import Config
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset, fixed
@@ -30,8 +30,8 @@ from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.augment import place
-from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import load_weights, stream
+from unclip.training.fit import TrainConfig
+from unclip.training.task import load_weights, train
 from unclip.training.teacher import TaughtConfig, Teacher
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
@@ -66,83 +66,55 @@ class ClipRun(Config):
     train: TrainConfig
 
 
-class ClipTask:
-    """What `fit` trains: open_clip's CLIP on captioned pictures."""
+class TowersTask:
+    """What trainings of CLIP's towers share: all of `fit`'s `Task` but the loss.
+
+    `restored` gives the error (N,) of embeddings (N, D) for pictures (N, 3, R, R), if something is
+    restored.
+    """
 
     name = "clip"
+    restored: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def __init__(self, config: ClipRun, train: Dataset, val: Dataset | None) -> None:
-        self.config, self.val = config, val
-        size = config.model.vision_cfg.image_size
-        if (config.data.crop or config.data.resolution) != size:
-            raise ConfigError(
-                f"data.resolution = {config.data.resolution} (or data.crop) must be "
-                f"model.vision_cfg.image_size = {size}"
-            )
-        context, vocabulary = config.model.text_cfg.context_length, None
-        self.teacher: Teacher | None = None
-        if config.teacher is not None:
-            captions = captions_of(train, TAUGHT_DRAWS)
-            here = torch.device("cpu")  # the teacher stays there
-            half = resolve_precision(config.train.precision, here) == "bf16"
-            dtype = torch.bfloat16 if half else torch.float32
-            self.teacher = Teacher(config.teacher, captions, dtype, config.train.seed)
-        if config.vocabulary == "data":
-            phrases = self.teacher.phrases if self.teacher is not None else []
-            vocabulary = vocabulary_of([*captions_of(train), *phrases], context)
-        self.tokenizer = BpeTokenizer(context, vocabulary)
-        rows = int(self.tokenizer.rows.max()) + 1
-        text = config.model.text_cfg.model_copy(update={"vocab_size": rows})
-        self.model_config = config.model.model_copy(update={"text_cfg": text})
-        model = build_clip(self.model_config)
-        # A quarter faster as a ResNet.
-        self.product: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = self.product
-        if config.restore is not None or config.teacher is not None:
-            towers = OpenClipTowers(model, self.tokenizer, self.model_config)
-            width = self.teacher.width if self.teacher is not None else 0
-            self.model = AidedCLIP(towers, config.restore, config.teacher, width)
-        self.step = 0
-
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
-        self.step = step + 1
-        seed, augment = self.config.train.seed, self.config.augment
-        images = place(batch.images, batch.ids, seed, augment.shift, augment.scale)  # (B, 3, R, R)
-        ids, mask = self.tokenizer(batch.captions)  # (B, L)
-        ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
-        ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
-        if isinstance(self.model, AidedCLIP):
-            out = model(images, ids, mask, self._lesson(batch))
-            return self.model.losses(out, images, ids)
-        z_image, z_text, scale = model(images, ids)  # (B, D) unit norm, (B, D) unit norm, ()
-        return contrastive_loss(z_image, z_text, ids, scale)
-
-    def _lesson(self, batch: Batch) -> Lesson:
-        seed, device, restore = self.config.train.seed, batch.images.device, self.config.restore
-        noise: Tensor | None = None
-        if restore is not None and restore.noise > 0:
-            width = self.config.model.embed_dim
-            noise = randomness.normal(seed, "restore", batch.ids, (width,))  # (B, D)
-            noise = (restore.noise * width**-0.5 * noise).to(device, non_blocking=True)
-        if self.teacher is None:
-            return Lesson(noise)
-        phrases = self.teacher.draw(seed, batch.ids)
-        ids, mask = self.tokenizer(phrases)  # (B, L)
-        sentences, meant = self.teacher(batch.captions), self.teacher(phrases)  # (B, E)
-        taught = (part.to(device, non_blocking=True) for part in (sentences, meant, ids, mask))
-        return Lesson(noise, *taught)
+    def __init__(
+        self,
+        run: Any,
+        val: Dataset | None,
+        towers: OpenClipTowers,
+        preprocess: PreprocessConfig,
+        encoder: str,
+    ) -> None:
+        self.run, self.val, self.step = run, val, 0
+        self.towers, self.preprocess, self.encoder = towers, preprocess, encoder
+        self.product = self.model = towers.model
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Image.Image | None:
-        """Similarity of validation pictures (rows) and captions; retrieval goes to val.jsonl."""
+        """Similarity of validation pictures (rows) and captions; scores go to val.jsonl."""
         if self.val is None:
             return None
         clip = self._frozen(copy.deepcopy(self.product))
-        out = Path(self.config.train.out)
-        if isinstance(self.model, AidedCLIP) and self.model.head is not None:
-            return show_retrieval(clip, self.val, self.step, out, self.model.error)
-        return show_retrieval(clip, self.val, self.step, out)
+        chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
+        samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
+        z_image = torch.cat(
+            [clip.encode_image(torch.stack(part)) for part in chunks([s.image for s in samples])]
+        )  # (N, D)
+        z_text = torch.cat(
+            [clip.encode_text(part).embed for part in chunks([s.caption for s in samples])]
+        )  # (N, D)
+        rank = retrieval_rank(z_image, z_text)
+        scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
+        if self.restored is not None:
+            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+            scores["restored"] = round(self.restored(z_image, x).mean().item(), 4)
+        line = json.dumps({"step": self.step, **scores, "n": len(rank)})
+        if PartialState().is_main_process:
+            print(f"retrieval of validation captions: {line}", flush=True)
+            with Path(self.run.train.out, "val.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
+        grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
+        return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
@@ -155,45 +127,66 @@ class ClipTask:
         load_weights(self.product, self.name, path)
 
     def _frozen(self, model: nn.Module) -> FrozenCLIP:
-        towers = OpenClipTowers(model, self.tokenizer, self.model_config)
-        size = self.model_config.vision_cfg.image_size
+        towers = OpenClipTowers(model, self.towers.tokenizer, self.towers.config)
+        return FrozenCLIP(towers, self.preprocess, self.encoder)
+
+
+class ClipTask(TowersTask):
+    """What `fit` trains: open_clip's CLIP on captioned pictures."""
+
+    run: ClipRun
+
+    def __init__(self, run: ClipRun, train: Dataset, val: Dataset | None) -> None:
+        size = run.model.vision_cfg.image_size
+        if (run.data.crop or run.data.resolution) != size:
+            raise ConfigError(
+                f"data.resolution = {run.data.resolution} (or data.crop) must be "
+                f"model.vision_cfg.image_size = {size}"
+            )
+        context, vocabulary = run.model.text_cfg.context_length, None
+        self.teacher = None
+        if run.teacher is not None:
+            self.teacher = open_teacher(run, captions_of(train, TAUGHT_DRAWS))
+        if run.vocabulary == "data":
+            phrases = self.teacher.phrases if self.teacher is not None else []
+            vocabulary = vocabulary_of([*captions_of(train), *phrases], context)
+        tokenizer = BpeTokenizer(context, vocabulary)
+        towers = OpenClipTowers.new(run.model, tokenizer)
         preprocess = PreprocessConfig(size=size, mean=HALF, std=HALF)
-        return FrozenCLIP(towers, preprocess, self.config.name)
+        super().__init__(run, val, towers, preprocess, run.name)
+        if run.restore is not None or run.teacher is not None:
+            width = self.teacher.width if self.teacher is not None else 0
+            self.model = AidedCLIP(towers, run.restore, run.teacher, width)
+            self.restored = self.model.error if run.restore is not None else None
 
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
+        self.step = step + 1
+        seed, augment = self.run.train.seed, self.run.augment
+        images = place(batch.images, batch.ids, seed, augment.shift, augment.scale)  # (B, 3, R, R)
+        ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)
+        ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
+        ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
+        if isinstance(self.model, AidedCLIP):
+            out = model(images, ids, mask, self._lesson(batch))
+            return self.model.losses(out, images, ids)
+        z_image, z_text, scale = model(images, ids)  # (B, D) unit norm, (B, D) unit norm, ()
+        return contrastive_loss(z_image, z_text, ids, scale)
 
-@torch.no_grad()
-def show_retrieval(
-    clip: FrozenCLIP,
-    val: Dataset,
-    step: int,
-    out: Path,
-    restored: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Image.Image:
-    """Similarity of validation pictures (rows) and captions; scores go to val.jsonl in `out`.
-
-    **Shapes**: `restored` gives the error (N,) of embeddings (N, D) for pictures (N, 3, R, R).
-    """
-    chosen = range(0, len(val), -(-len(val) // MOST_SHOWN))
-    samples = [fixed(val, i, randomness.generator(0, "val", i)) for i in chosen]
-    z_image = torch.cat(
-        [clip.encode_image(torch.stack(part)) for part in chunks([s.image for s in samples])]
-    )  # (N, D)
-    z_text = torch.cat(
-        [clip.encode_text(part).embed for part in chunks([s.caption for s in samples])]
-    )  # (N, D)
-    rank = retrieval_rank(z_image, z_text)
-    scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
-    if restored is not None:
-        x = torch.stack([sample.image for sample in samples]).to(z_image.device)
-        scores["restored"] = round(restored(z_image, x).mean().item(), 4)
-    line = json.dumps({"step": step, **scores, "n": len(rank)})
-    if PartialState().is_main_process:
-        print(f"retrieval of validation captions: {line}", flush=True)
-        with (out / "val.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    cosine = F.normalize(z_image, dim=-1) @ F.normalize(z_text, dim=-1).T  # (N, N)
-    grey = (cosine.clamp(0, 1) * 255).byte().cpu().numpy()
-    return Image.fromarray(grey).resize((3 * len(rank),) * 2, Image.Resampling.NEAREST)
+    def _lesson(self, batch: Batch) -> Lesson:
+        seed, device, restore = self.run.train.seed, batch.images.device, self.run.restore
+        noise: Tensor | None = None
+        if restore is not None and restore.noise > 0:
+            width = self.towers.width
+            noise = randomness.normal(seed, "restore", batch.ids, (width,))  # (B, D)
+            noise = (restore.noise * width**-0.5 * noise).to(device, non_blocking=True)
+        if self.teacher is None:
+            return Lesson(noise)
+        phrases = self.teacher.draw(seed, batch.ids)
+        ids, mask = self.towers.tokenizer(phrases)  # (B, L)
+        sentences, meant = self.teacher(batch.captions), self.teacher(phrases)  # (B, E)
+        taught = (part.to(device, non_blocking=True) for part in (sentences, meant, ids, mask))
+        return Lesson(noise, *taught)
 
 
 def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: float) -> Tensor:
@@ -208,11 +201,23 @@ def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: 
 
 
 def captions_of(dataset: Dataset, draws: int = DRAWS) -> Iterator[str]:
-    """Some wordings of every picture, or of as many as `MANY`."""
+    """Some wordings of every picture, or one each of as many as `MANY`."""
     stride = -(-len(dataset) // MANY)
     for index in range(0, len(dataset), stride):
-        for draw in range(draws if stride == 1 else 1):
-            yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
+        yield from wordings(dataset, index, draws if stride == 1 else 1)
+
+
+def wordings(dataset: Dataset, index: int, draws: int) -> Iterator[str]:
+    """Of one picture."""
+    for draw in range(draws):
+        yield dataset.get(index, randomness.generator(0, "vocabulary", index, draw)).caption
+
+
+def open_teacher(run: Any, texts: Iterable[str]) -> Teacher:
+    """A run's teacher, which stays on the CPU, in what that computes in."""
+    half = resolve_precision(run.train.precision, torch.device("cpu")) == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    return Teacher(run.teacher, texts, dtype, run.train.seed)
 
 
 def chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
@@ -221,9 +226,8 @@ def chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
         yield items[first : first + size]
 
 
-def train_clip(config: ClipRun, accelerator: Accelerator) -> None:
+def train_clip(run: ClipRun, accelerator: Accelerator) -> None:
     """Build, train, and leave checkpoints in `train.out`."""
-    train = config.data.open(config.data.train)
-    val = config.data.open(config.data.val) if config.data.val else None
-    task = ClipTask(config, train, val)
-    fit(task, stream(train, config, accelerator), config.train, config, accelerator)
+    dataset = run.data.open(run.data.train)
+    val = run.data.open(run.data.val) if run.data.val else None
+    train(ClipTask(run, dataset, val), run, dataset, accelerator)

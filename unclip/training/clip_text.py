@@ -7,32 +7,27 @@ n pictures, m sentences or phrases, k phrases for each picture.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.clip.contrastive import contrastive_loss
 from unclip.clip.encoder import FrozenCLIP
-from unclip.clip.towers import BpeTokenizer, OpenClipTowers, build_clip, vocabulary_of
+from unclip.clip.towers import BpeTokenizer, OpenClipTowers, vocabulary_of
 from unclip.config import Config
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import ConfigError
-from unclip.precision import resolve_precision
 from unclip.training.aids import embed_text
-from unclip.training.clip import chunks, drop_words, show_retrieval
-from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import embeddings_of, load_weights, stream
-from unclip.training.teacher import Teacher, TeacherConfig
+from unclip.training.clip import TowersTask, chunks, drop_words, open_teacher, wordings
+from unclip.training.fit import TrainConfig
+from unclip.training.task import embeddings_of, train
+from unclip.training.teacher import TeacherConfig
 
 WORDINGS = 4  # of each picture, among which like captions are looked for
 
@@ -76,45 +71,41 @@ class TextTower(nn.Module):
         return z_text, embed_text(self.towers, phrase_ids, phrase_mask), scale
 
 
-class ClipTextTask:
+class ClipTextTask(TowersTask):
     """What `fit` trains: the text tower, against embeddings computed at the beginning."""
 
-    name = "clip"
+    run: ClipTextRun
 
-    def __init__(self, config: ClipTextRun, train: Dataset, val: Dataset | None) -> None:
-        self.config, self.val, self.step = config, val, 0
-        clip = FrozenCLIP.load(config.clip)
+    def __init__(self, run: ClipTextRun, train: Dataset, val: Dataset | None) -> None:
+        clip = FrozenCLIP.load(run.clip)
         if not isinstance(clip.towers, OpenClipTowers) or clip.towers.config is None:
-            raise ConfigError(f"clip = {config.clip!r} is not an encoder that was trained here")
-        self.preprocess, self.clip_name = clip.preprocess, clip.name
+            raise ConfigError(f"clip = {run.clip!r} is not an encoder that was trained here")
         self.data = Embedded(clip, train)
-        seed = config.train.seed
-        like = [(text, row) for row in range(len(train)) for text in _wordings(train, row)]
-        half = resolve_precision(config.train.precision, torch.device("cpu")) == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
+        said = [dict.fromkeys(wordings(train, row, WORDINGS)) for row in range(len(train))]
+        like = [(text, row) for row, own in enumerate(said) for text in own]
         texts = [text for text, _ in like]
-        self.teacher = Teacher(config.teacher, texts, dtype, seed)
+        self.teacher = open_teacher(run, texts)
         shown = self.data.z_image[[row for _, row in like]]  # (m, D)
         sentences = self.teacher(texts)  # (m, E)
-        sharp = config.phrases.sharpness
+        sharp = run.phrases.sharpness
         self.meant = torch.cat(
             [
                 meaning(self.teacher(part), sentences, shown, sharp)
                 for part in chunks(self.teacher.phrases)
             ]
         )  # (number of phrases, D)
-        self.towers = grown(clip.towers, self.teacher.phrases, seed)
-        self.product = self.towers.model
-        self.model: nn.Module = TextTower(self.towers)
+        towers = grown(clip.towers, self.teacher.phrases, run.train.seed)
+        super().__init__(run, val, towers, clip.preprocess, clip.name)
+        self.model = TextTower(towers)
         self.product.visual.requires_grad_(False)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """**Shapes**: → loss, contrast, phrases_off, top1, (B,)."""
         self.step = step + 1
         assert batch.z_image is not None
-        seed, each, device = self.config.train.seed, self.config.phrases.each, batch.z_image.device
+        seed, each, device = self.run.train.seed, self.run.phrases.each, batch.z_image.device
         ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)
-        ids = drop_words(ids, mask, batch.ids, seed, self.config.unknown_words)
+        ids = drop_words(ids, mask, batch.ids, seed, self.run.unknown_words)
         drawn = batch.ids.repeat_interleave(each) * each + torch.arange(each).repeat(len(ids))
         rows = randomness.integers(seed, "phrase", drawn, len(self.teacher.phrases))  # (B k,)
         phrases = self.towers.tokenizer([self.teacher.phrases[row] for row in rows.tolist()])
@@ -124,29 +115,8 @@ class ClipTextTask:
         found = contrastive_loss(batch.z_image, z_text, ids, scale)
         off = 1 - (z_phrase * meant).sum(-1)  # (B k,)
         off = off.view(-1, each).mean(1)
-        loss = found["loss"] + self.config.phrases.weight * off
+        loss = found["loss"] + self.run.phrases.weight * off
         return {"loss": loss, "contrast": found["loss"], "phrases_off": off, "top1": found["top1"]}
-
-    def preview(self, model: nn.Module) -> Image.Image | None:
-        """Similarity of validation pictures (rows) and captions; retrieval goes to val.jsonl."""
-        if self.val is None:
-            return None
-        clip = self._frozen(copy.deepcopy(self.product))
-        return show_retrieval(clip, self.val, self.step, Path(self.config.train.out))
-
-    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The `config.json` of the stage `clip`, which `FrozenCLIP.load` reads."""
-        model = copy.deepcopy(self.product)
-        model.load_state_dict(tensors)
-        return self._frozen(model).describe()
-
-    def start_from(self, path: str) -> None:
-        """Take over the weights of the stage `clip` in a folder or a run."""
-        load_weights(self.product, self.name, path)
-
-    def _frozen(self, model: nn.Module) -> FrozenCLIP:
-        towers = OpenClipTowers(model, self.towers.tokenizer, self.towers.config)
-        return FrozenCLIP(towers, self.preprocess, self.clip_name)
 
 
 def meaning(phrases: Tensor, sentences: Tensor, shown: Tensor, sharpness: float) -> Tensor:
@@ -168,8 +138,6 @@ def grown(towers: OpenClipTowers, texts: list[str], seed: int) -> OpenClipTowers
     more = vocabulary_of(texts, tokenizer.context)
     vocabulary = sorted({*tokenizer.vocabulary, *more})
     longer = BpeTokenizer(tokenizer.context, vocabulary)
-    text = config.text_cfg.model_copy(update={"vocab_size": len(vocabulary) + 1})
-    config = config.model_copy(update={"text_cfg": text})
     state = dict(towers.model.state_dict())
     old = state["token_embedding.weight"]  # (number of words + 1, W)
     noise = torch.randn(
@@ -178,9 +146,9 @@ def grown(towers: OpenClipTowers, texts: list[str], seed: int) -> OpenClipTowers
     table = old[0] + 0.5 * old.std() * noise
     kept = torch.tensor([0, *longer.rows[torch.tensor(tokenizer.vocabulary)].tolist()])
     table[kept] = old
-    model = build_clip(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.load_state_dict({**state, "token_embedding.weight": table})
-    return OpenClipTowers(model, longer, config)
+    new = OpenClipTowers.new(config, longer)
+    new.model.load_state_dict({**state, "token_embedding.weight": table})
+    return new
 
 
 class Embedded:
@@ -201,14 +169,8 @@ class Embedded:
         return replace(self.dataset.get(index, generator), z_image=self.z_image[index])
 
 
-def _wordings(dataset: Dataset, index: int) -> set[str]:
-    draws = (randomness.generator(0, "vocabulary", index, draw) for draw in range(WORDINGS))
-    return {dataset.get(index, generator).caption for generator in draws}
-
-
-def train_clip_text(config: ClipTextRun, accelerator: Accelerator) -> None:
+def train_clip_text(run: ClipTextRun, accelerator: Accelerator) -> None:
     """Load the encoder, train its text tower, and leave checkpoints in `train.out`."""
-    train = config.data.open(config.data.train)
-    val = config.data.open(config.data.val) if config.data.val else None
-    task = ClipTextTask(config, train, val)
-    fit(task, stream(task.data, config, accelerator), config.train, config, accelerator)
+    val = run.data.open(run.data.val) if run.data.val else None
+    task = ClipTextTask(run, run.data.open(run.data.train), val)
+    train(task, run, task.data, accelerator)

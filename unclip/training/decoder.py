@@ -13,37 +13,30 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip import randomness
-from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig, Spec
-from unclip.data.sample import Batch, Dataset
+from unclip.data.sample import Batch
 from unclip.data.tolerant import Tolerant
-from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.stages.stage import Stage
+from unclip.models.decoder import DecoderConfig
 from unclip.training.augment import PlaceConfig, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
-from unclip.training.fit import TrainConfig, fit
+from unclip.training.fit import TrainConfig
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
     Prepared,
-    Shown,
-    check_widths,
+    StageTask,
     draw,
-    drop,
     frozen_clip,
-    open_train,
-    sample_preview,
-    start_from,
-    stream,
+    train,
 )
 
 
@@ -78,18 +71,10 @@ class DecoderRun(Config):
         return self
 
 
-class DecoderTask:
+class DecoderTask(StageTask):
     """Draw a picture from its own z_image and its caption, either sometimes left out."""
 
-    name = "decoder"
-
-    def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
-        check_widths(clip, run.clip, run.model.embed, run.model.text_width)
-        self.run, self.clip, self.shown = run, clip, Shown(run.data, train)
-        self.model: nn.Module = Decoder(run.model)
-        self.product: nn.Module = self.model
-        diffusion = GaussianDiffusion(run.diffusion)
-        self.stage = Stage("decoder", self.model, diffusion, run.sampling, clip.fingerprint)
+    run: DecoderRun
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
@@ -97,8 +82,8 @@ class DecoderTask:
         cond = self._jittered(self._cond(images, batch.text, batch.z_image), ids)
         cond = cond.drop(
             self.clip.null_text,
-            drop_image=drop(self.run, "image", ids, images),
-            drop_text=drop(self.run, "text", ids, images),
+            drop_image=self.drop("image", ids, images),
+            drop_text=self.drop("text", ids, images),
         )
         x0 = resize(images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         t, noise = draw(self.run, ids, x0, batch.noise)
@@ -114,17 +99,9 @@ class DecoderTask:
         images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
         cond = self._cond(images, captions)
-        out = sample_preview(self.stage, model, cond, (3, side, side), self.clip)
+        out = self.drawn(model, cond, self.stage.shape)
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=len(images))
-
-    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The stage's `config.json`."""
-        return self.stage.describe()
-
-    def start_from(self, path: str) -> None:
-        """Take over the weights of the same stage, or of its only kin."""
-        start_from(self.stage, path)
 
     def _cond(
         self, images: Tensor, text: list[str] | Tensor, z_image: Tensor | None = None
@@ -148,7 +125,7 @@ class DecoderTask:
 
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
-    dataset, clip = open_train(run), frozen_clip(run.clip, accelerator)
+    dataset, clip = run.data.open(run.data.train), frozen_clip(run.clip, accelerator)
     task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
@@ -168,5 +145,4 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
 
     tokenizer = clip.towers.tokenizer if task.stage.reads_text else None
     made = Prepared(run.train.seed, task.stage.shape, tokenizer)
-    batches_from = stream(dataset, run, accelerator, made)
-    return fit(task, batches_from, run.train, run, accelerator, begin)
+    return train(task, run, dataset, accelerator, made, begin)

@@ -24,6 +24,7 @@ from unclip.training.task import embeddings_of
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
+LAYOUT_MOVED = 40_000  # pictures where they are moved: small data several times, each differently
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
 DRAFT_WORDINGS = 32  # of one picture, at most
 DRAFT_JITTER = 0.5  # the most noise on a caption, in deviations of the captions in each direction
@@ -65,9 +66,10 @@ def fit_layout(
     layout, config = decoder.layout, decoder.config.layout
     assert layout is not None and config is not None
     device = layout.out.weight.device
+    count = LAYOUT_COUNT if moved is None else LAYOUT_MOVED
     parts = [
         (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
-        for z, batch in _embedded(clip, dataset, LAYOUT_COUNT, moved)
+        for z, batch in _embedded(clip, dataset, count, moved)
     ]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
@@ -78,7 +80,8 @@ def fit_layout(
         z_image = jittered(decoder.scale, z[rows], sigma.to(device), noise.to(device))
         return decoder.scale(z_image), x0[rows]
 
-    _fit("layout", layout, draw, -(-len(z) // BATCH) * LAYOUT_EPOCHS, seed, autocast)
+    shown = LAYOUT_EPOCHS * min(len(z), LAYOUT_COUNT)
+    _fit("layout", layout, draw, -(-shown // BATCH), seed, autocast)
 
 
 def fit_draft(
@@ -164,11 +167,14 @@ def jittered(scale: EmbeddingScale, z: Tensor, sigma: Tensor, noise: Tensor) -> 
 def _embedded(
     clip: FrozenCLIP, dataset: Dataset, count: int, moved: Moved | None = None
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """At most about `count` samples with their embeddings, evenly over the dataset."""
+    """At most about `count` samples with their embeddings, evenly over the dataset; where they are
+    `moved`, a smaller dataset again and again."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    if moved is not None:
+        chosen = range(count) if len(dataset) < count else chosen
     for start in range(0, len(chosen), 64):
         numbers = chosen[start : start + 64]
-        batch = Batch.of([fixed(dataset, i) for i in numbers])
+        batch = Batch.of([fixed(dataset, i % len(dataset)) for i in numbers])
         if moved is not None:
             batch = replace(batch, pixels=moved(batch.images, torch.tensor(numbers)), z_image=None)
         yield embeddings_of(clip, batch), batch

@@ -164,8 +164,9 @@ class _Numbered(TorchDataset[Sample]):
         return fixed(self.dataset, number % len(self.dataset), own)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None, called: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=called,
         description="Write the CLIP image embeddings of a dataset, with captions.",
         epilog="Exit codes: 2 configuration, 3 data, 4 checkpoint.",
     )
@@ -186,9 +187,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments, embed this process's shards, and finish when all are there."""
-    given = _arguments(argv)
+def main(argv: Sequence[str] | None = None, called: str | None = None) -> None:
+    """Parse the arguments, embed this process's shards, and finish when all are there.
+
+    `called` is the command in its help.
+    """
+    given = _arguments(argv, called)
     with exit_on_error():
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:

@@ -1,4 +1,4 @@
-"""What every train script does around its own work: configuration, processes, exit codes."""
+"""What every training does around its own work: configuration, processes, exit codes."""
 
 from __future__ import annotations
 
@@ -44,19 +44,23 @@ def main(
     run: Callable[[C, Accelerator], object],
     description: str,
     argv: Sequence[str] | None = None,
+    called: str | None = None,
 ) -> None:
-    """Parse `CONFIG.yaml [section.key=value …]`, then call `run(config, accelerator)`.
+    """Parse `CONFIG [section.key=value …]`, then call `run(config, accelerator)`.
+
+    `called` is the command in its help, that of the process by default.
 
     The default generator is seeded with train.seed, so that every process builds the same model.
     Errors a person can act on become one paragraph and their exit code.
     """
     parser = argparse.ArgumentParser(
+        prog=called,
         description=description,
-        epilog="Several processes: accelerate launch or torchrun instead of python. "
+        epilog="Several processes: accelerate launch -m unclip.train, or torchrun's like. "
         "The same command again resumes. Exit codes: 2 configuration, 3 data, 4 checkpoint, "
         "5 diverged.",
     )
-    parser.add_argument("config", help="a YAML file; see configs/")
+    parser.add_argument("config", help="a YAML file, or a shipped one's name (`unclip configs`)")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="for example train.lr=1e-4"
     )

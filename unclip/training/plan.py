@@ -13,27 +13,18 @@ from typing import Any
 
 import torch
 
-from unclip.config import Config, load_config, read_yaml
+from unclip.config import load_config
 from unclip.data.order import micro_batch
 from unclip.errors import ConfigError
-from unclip.stages.kinds import kind_of_keys
+from unclip.stages.kinds import KINDS
 from unclip.text import markdown_table
-from unclip.training.ar_prior import ArPriorRun
 from unclip.training.counting import network_of, step_needs
-from unclip.training.decoder import DecoderRun
-from unclip.training.prior import PriorRun
 from unclip.training.sharding import largest_unit
-from unclip.training.upsampler import UpsamplerRun
+from unclip.training.trainers import TRAINERS, trained_by
 
 GB = 1e9
 LAUNCH = 5e-6  # seconds that a host takes to tell a GPU of one operation, about
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # bytes a parameter, about
-RUNS: dict[str, type[Config]] = {
-    "prior": PriorRun,
-    "ar_prior": ArPriorRun,
-    "decoder": DecoderRun,
-    "upsampler": UpsamplerRun,
-}
 
 
 @dataclass(frozen=True)
@@ -194,10 +185,10 @@ def _starved(plan: Plan, speed: float) -> str:
 
 
 def _load(path: str | Path, overrides: list[str]) -> Any:
-    kind = kind_of_keys(read_yaml(Path(path)).get("model") or {})
-    if kind is None:
+    name = trained_by(path)
+    if name not in KINDS:
         raise ConfigError(f"{path} is no configuration of a prior, a decoder or an upsampler")
-    return load_config(path, overrides, RUNS[kind.name])
+    return load_config(path, overrides, TRAINERS[name].schema)
 
 
 def _checkpointing(config: Any) -> Iterator[bool]:

@@ -1,4 +1,4 @@
-"""What trainings of stages share: their data, random draws, previews, where they start from."""
+"""What trainings share: their data, random draws, previews, where they start from, their loop."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from torch import Tensor, nn
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
-from unclip.clip.fingerprint import check_same_encoder
+from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.clip.towers import Tokenizer, tokens
 from unclip.conditioning import Cond
 from unclip.config import Config, flat
 from unclip.data.open import DataConfig
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, Sample, fixed
+from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.find import resolve_folder
 from unclip.files.folder import WEIGHTS, read_stage_config
 from unclip.files.tensors import TensorFile, load_tensors
 from unclip.precision import default_dtype
 from unclip.sources import Source
+from unclip.stages.kinds import kind_of
 from unclip.stages.stage import Stage
+from unclip.training.fit import Task, fit
 
 PREVIEWS = 8
 # What may differ between weights and the run that starts from them.
@@ -59,18 +62,14 @@ def frozen_clip(name: str, accelerator: Accelerator) -> FrozenCLIP:
     return FrozenCLIP.load(name, accelerator.device, dtype)
 
 
-def check_widths(clip: FrozenCLIP, name: str, embed: int, text_width: int | None) -> None:
-    """Refuse a model whose widths are not its encoder's.
-
-    **Raises**: `ConfigError` naming the key, its value and the encoder's width.
-    """
-    for key, value, actual in [
-        ("embed", embed, clip.width),
-        ("text_width", text_width, clip.text_width),
-    ]:
-        if value is not None and value != actual:
+def check_widths(clip: FrozenCLIP, run: Any) -> None:
+    """**Raises**: `ConfigError` for a model whose widths are not its encoder's."""
+    for key, width in (("embed", clip.width), ("text_width", clip.text_width)):
+        value = getattr(run.model, key)
+        if value is not None and value != width:
             raise ConfigError(
-                f"model.{key} = {value}, but the CLIP encoder {name} has {actual}: set them equal"
+                f"model.{key} = {value}, but the CLIP encoder {run.clip} has {width}: set them "
+                "equal"
             )
 
 
@@ -93,31 +92,77 @@ class Shown:
         return torch.stack([s.image for s in shown]), [s.caption for s in shown]
 
 
-def open_train(run: Any) -> Dataset:
-    """What a run trains on."""
-    return run.data.open(run.data.train)
+class StageTask:
+    """What trainings of stages share: all of `fit`'s `Task` but the loss and what a preview shows.
+
+    **Raises**: `ConfigError` for a model whose widths are not its encoder's.
+    """
+
+    clip: FrozenCLIP  # of all but upsamplers
+
+    def __init__(self, run: Any, clip: FrozenCLIP | None = None, train: Dataset | None = None):
+        kind = kind_of(run.model)
+        if clip is not None:
+            self.clip = clip
+            check_widths(clip, run)
+        self.run, self.shown = run, Shown(run.data, train)
+        self.name = f"upsampler_{run.model.high}" if kind.name == "upsampler" else kind.name
+        self.model: nn.Module = kind.network(run.model)
+        self.product: nn.Module = self.model
+        self.stage = self._stage(None if clip is None else clip.fingerprint)
+
+    def _stage(self, encoder: Fingerprint | None) -> Stage:
+        diffusion = GaussianDiffusion(self.run.diffusion)
+        return Stage(self.name, self.model, diffusion, self.run.sampling, encoder)
+
+    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The stage's `config.json`."""
+        return self.stage.describe()
+
+    def start_from(self, path: str) -> None:
+        """Take over the weights of the same stage, or of its only kin; see `start_from`."""
+        start_from(self.stage, path)
+
+    def drop(self, what: str, ids: Tensor, like: Tensor) -> Tensor:
+        """Which samples go without a condition. **Shapes**: (B,) → (B,) bool."""
+        share = getattr(self.run.drop, what)
+        dropped = randomness.uniform(self.run.train.seed, f"drop {what}", ids) < share
+        return dropped.to(like.device, non_blocking=True)
+
+    def drawn(self, model: Any, cond: Cond, shape: tuple[int, ...]) -> Tensor:
+        """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
+        generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
+        null_text = None if self.stage.encoder is None else self.clip.null_text
+        drawing = replace(self.stage, network=model)
+        return drawing.draw(cond, shape, self.stage.sampling, generators, null_text=null_text)
 
 
-def stream(
-    dataset: Dataset,
+def train(
+    task: Task,
     run: Any,
+    dataset: Dataset,
     accelerator: Accelerator,
     made: Callable[[Batch], Batch] | None = None,
-) -> Callable[[int], Iterator[Batch]]:
-    """This process's micro-batches from a step on; `made` as in `batches`."""
-    return lambda step: batches(
-        dataset,
-        batch=run.train.batch,
-        seed=run.train.seed,
-        start_step=step,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        accumulate=run.train.accumulate,
-        crop=run.data.crop,
-        workers=run.data.workers,
-        pin=accelerator.device.type == "cuda",
-        **({} if made is None else {"made": made}),
-    )
+    begin: Callable[[], None] | None = None,
+) -> Path:
+    """`fit` on this process's part of a dataset, `made` as in `batches`."""
+
+    def stream(step: int) -> Iterator[Batch]:
+        return batches(
+            dataset,
+            batch=run.train.batch,
+            seed=run.train.seed,
+            start_step=step,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            accumulate=run.train.accumulate,
+            crop=run.data.crop,
+            workers=run.data.workers,
+            made=made,
+            pin=accelerator.device.type == "cuda",
+        )
+
+    return fit(task, stream, run.train, run, accelerator, begin)
 
 
 @dataclass(frozen=True)
@@ -154,29 +199,12 @@ def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tupl
     return t, noise
 
 
-def drop(run: Any, what: str, ids: Tensor, like: Tensor) -> Tensor:
-    """Which samples go without a condition. **Shapes**: (B,) → (B,) bool."""
-    share = getattr(run.drop, what)
-    dropped = randomness.uniform(run.train.seed, f"drop {what}", ids) < share
-    return dropped.to(like.device, non_blocking=True)
-
-
 def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
     """Raw image embeddings of a batch, made of its pictures if it brings none.
 
     **Shapes**: → (B, D) float32.
     """
     return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
-
-
-def sample_preview(
-    stage: Stage, model: Any, cond: Cond, shape: tuple[int, ...], clip: FrozenCLIP | None
-) -> Tensor:
-    """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
-    generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
-    null_text = None if clip is None else clip.null_text
-    drawing = replace(stage, network=model)
-    return drawing.draw(cond, shape, stage.sampling, generators, null_text=null_text)
 
 
 def load_weights(model: nn.Module, name: str, path: str | Path) -> None:

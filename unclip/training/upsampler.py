@@ -13,29 +13,20 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, PositiveFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip import randomness
 from unclip.conditioning import Cond
 from unclip.config import Config
 from unclip.data.degradations import blur, bsr
 from unclip.data.open import DataConfig
-from unclip.data.sample import Batch, Dataset
-from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
+from unclip.data.sample import Batch
+from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.stages.stage import Stage
-from unclip.training.fit import TrainConfig, fit
-from unclip.training.task import (
-    PREVIEWS,
-    Shown,
-    draw,
-    open_train,
-    sample_preview,
-    start_from,
-    stream,
-)
+from unclip.models.upsampler import UpsamplerConfig
+from unclip.training.fit import TrainConfig
+from unclip.training.task import PREVIEWS, StageTask, draw, train
 
 
 class UpsamplerRun(Config):
@@ -100,20 +91,13 @@ class Shrunk:
         return replace(batch, low_res=low, noise=noise)
 
 
-class UpsamplerTask:
+class UpsamplerTask(StageTask):
     """Restore crops of pictures from their low-resolution, degraded copies."""
 
-    def __init__(self, run: UpsamplerRun, train: Dataset | None = None):
-        self.run, self.shown, self.made = run, Shown(run.data, train), Shrunk(run)
-        self.name = f"upsampler_{run.model.high}"
-        self.model: nn.Module = Upsampler(run.model)
-        self.product: nn.Module = self.model
-        self.stage = Stage(
-            self.name, self.model, GaussianDiffusion(run.diffusion), run.sampling, None
-        )
+    run: UpsamplerRun
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The loss of each crop, of which `made` has the small copy. **Shapes**: → (B,)."""
+        """The loss of each crop, of which `Shrunk` has made a copy. **Shapes**: → (B,)."""
         assert batch.low_res is not None
         low = resize(batch.low_res, batch.images.shape[-1])  # (B, 3, H, W)
         t, noise = draw(self.run, batch.ids, batch.images, batch.noise)
@@ -127,21 +111,11 @@ class UpsamplerTask:
         real = images[..., corner : corner + side, corner : corner + side]
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
-        out = sample_preview(self.stage, model, cond, tuple(real.shape[1:]), None)
+        out = self.drawn(model, cond, tuple(real.shape[1:]))
         return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
-
-    def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The stage's `config.json`."""
-        return self.stage.describe()
-
-    def start_from(self, path: str) -> None:
-        """Take over the weights of the same stage, or of its only kin."""
-        start_from(self.stage, path)
 
 
 def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
     """Train one upsampler; the newest checkpoint's folder."""
-    dataset = open_train(run)
-    task = UpsamplerTask(run, dataset)
-    batches_from = stream(dataset, run, accelerator, task.made)
-    return fit(task, batches_from, run.train, run, accelerator)
+    dataset = run.data.open(run.data.train)
+    return train(UpsamplerTask(run, train=dataset), run, dataset, accelerator, Shrunk(run))

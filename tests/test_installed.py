@@ -1,0 +1,164 @@
+"""What people have who install the library: a wheel is enough, in every folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unclip.config import load_config, read_yaml
+from unclip.errors import ConfigError
+from unclip.shipped import configurations, located
+from unclip.training import new
+from unclip.training.trainers import TRAINERS, trained_by
+
+ROOT = Path(__file__).parents[1]
+LARGEST = 100_000_000  # bytes of a wheel that package indexes take without being asked
+Run = Callable[..., str]
+
+
+def test_the_shell_answers_before_torch_is_loaded() -> None:
+    code = "import sys, unclip, unclip.cli, unclip.train; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_torchvision_can_be_imported_where_unclip_is_but_not_installed() -> None:
+    """Its operators are declared when it is looked for, not when unclip is imported."""
+    code = "import unclip, torchvision.transforms.v2, torch; torch.ops.torchvision.nms; print(1)"
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_configurations_are_named_wherever_we_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read_yaml(ROOT / "configs/shapes/clip.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml("shapes/clip") == read_yaml("configs/shapes/clip.yaml") == expected
+    assert located("weights/emoji") == ROOT / "weights/emoji"
+    assert located("runs/emoji") == Path("runs/emoji")
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes/clip").write_text("mine: 1")
+    assert read_yaml("shapes/clip") == {"mine": 1}
+    with pytest.raises(ConfigError, match="did you mean shapes/upsampler_128"):
+        read_yaml("shapes/upsampler128")
+
+
+def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
+    for name, path in configurations().items():
+        if not name.startswith("accelerate/"):
+            stem = path.stem.removesuffix("_next").replace("judge", "clip")
+            wanted = "upsampler" if stem.startswith("upsampler") else stem
+            assert trained_by(name) == wanted
+    with pytest.raises(ConfigError, match="no configuration of a training"):
+        trained_by("accelerate/ddp_8")
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu24", "gpus8"])
+def test_new_writes_a_stack_whose_stages_fit_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: new.Machine
+) -> None:
+    monkeypatch.setattr(new, "_head", lambda *_: "# as planned\n")  # seconds for each stage
+    monkeypatch.chdir(tmp_path)
+    commands = new.new(Path("mine"), "shapes:val", machine)
+    runs = {}
+    for file, command in commands.items():
+        name = trained_by(file)
+        runs[file.stem] = run = load_config(file, [], TRAINERS[name].schema)
+        assert command.endswith(f"{name} {file}") and file.read_text().startswith("# as planned")
+        assert run.train.out == f"mine/{file.stem}"
+        assert run.data.train == "shapes:val" and run.data.val is None
+    assert list(runs) == [*(["clip"] if machine == "cpu" else []), *new.STACK[1:]]
+    prior, decoder = runs["prior"], runs["decoder"]
+    assert prior.clip == decoder.clip and prior.model.embed == decoder.model.embed
+    if machine == "cpu":
+        clip = runs["clip"]
+        assert prior.clip == clip.train.out and prior.model.embed == clip.model.embed_dim
+        assert prior.model.context == clip.model.text_cfg.context_length
+        assert runs["upsampler_1024"].train.init == runs["upsampler_256"].train.out
+    assert decoder.train.accumulate == (4 if machine == "gpu24" else 1)
+    assert runs["upsampler_256"].model.low == decoder.model.resolution
+    with pytest.raises(ConfigError, match="there already"):
+        new.new(Path("mine"), "shapes:val", machine)
+
+
+def test_one_key_is_changed_and_the_rest_stays_as_it_is_written() -> None:
+    text = "clip: a  # one\nmodel:\n  low: 64\n  unet:\n    low: 1\ntrain: {low: 2}\n"
+    assert new.changed(text, "model.low", 8) == text.replace("low: 64", "low: 8")
+    assert new.changed(text, "model.high", "a: b") == text.replace("1\n", '1\n  high: "a: b"\n')
+    assert new.changed(text, "model.low", None) == text.replace("  low: 64\n", "")
+    assert new.changed(text, "clip", "b") == text.replace("a  # one", '"b"')
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a program of an environment that has the wheel, and of ours only what it depends on."""
+    built, bare = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("bare")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "wheel", *options, "--wheel-dir", str(built), str(ROOT)], check=True)
+    (wheel,) = built.glob("*.whl")
+    assert wheel.stat().st_size < LARGEST
+    subprocess.run([*pip, "install", *options, "--target", str(bare), str(wheel)], check=True)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    environment = {**os.environ, "PYTHONPATH": str(bare), "HF_HUB_OFFLINE": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> str:
+        start = [str(bare / "bin" / "unclip")] if command[0] != "-m" else []
+        done = subprocess.run(
+            [sys.executable, *start, *command],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert str(bare) in run("-m", "site")
+    return run
+
+
+@pytest.mark.slow
+def test_the_wheel_makes_a_picture_and_has_configurations_and_emoji(installed: Run) -> None:
+    assert installed("--version").startswith("unclip ")
+    assert "shapes/upsampler_128" in installed("configs")
+    printed = installed("text", "a red apple", "--size", "64", "--steps", "2", "--out", "apple.png")
+    assert printed.strip() == "apple.png"
+    assert "M parameters" in installed("info", "weights/emoji")
+    assert "usage: unclip train embed" in installed("train", "embed", "--help")
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_every_stage(installed: Run) -> None:
+    two = ["train.steps=2", "train.batch=4", "train.save_every=2", "train.sample_every=9"]
+
+    def train(stage: str, config: str, *overrides: str, launcher: tuple[str, ...] = ()) -> None:
+        out = f"train.out=runs/{config}"
+        begin = [*launcher, "-m", "unclip.train"] if launcher else ["train"]
+        installed(*begin, stage, config, out, *two, *overrides)
+
+    clip = "clip=runs/shapes/clip"
+    thin = ["model.unet.channels=8", "model.unet.groups=4"]
+    launch = ("-m", "accelerate.commands.launch")
+    train("clip", "shapes/clip")
+    few = ["teacher.words=20", 'teacher.phrases=["a {}"]', "data.train=shapes:val", "data.val=null"]
+    train("clip-text", "emoji/clip_text", clip, "data.resolution=32", *few)
+    printed = installed("train", "embed", "shapes:val", "cache", "--clip", "runs/shapes/clip")
+    assert printed.startswith("cache: ")
+    train("prior", "shapes/prior", clip, "model.transformer.layers=1", launcher=launch)
+    train("ar-prior", "shapes/ar_prior", clip, "model.transformer.layers=1")
+    train("decoder", "shapes/decoder", clip, *thin, "model.unet.head_channels=8")
+    train("upsampler", "shapes/upsampler_64", *thin)
+    runs = [f"runs/shapes/{name}" for name in ("clip", "prior", "decoder", "upsampler_64")]
+    options = zip(("--clip", "--prior", "--decoder", "--upsampler"), runs, strict=True)
+    installed("assemble", *(word for pair in options for word in pair), "--out", "model")
+    printed = installed("text", "a red circle", "--model", "model", "--out", "x.png")
+    assert printed.strip() == "x.png"

@@ -1,0 +1,57 @@
+"""What can be trained: one table, a row a training, with its configuration and its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from unclip.config import Config, read_yaml
+from unclip.errors import ConfigError
+from unclip.stages.kinds import kind_of_keys
+from unclip.training.ar_prior import ArPriorRun, train_ar_prior
+from unclip.training.clip import ClipRun, train_clip
+from unclip.training.clip_text import ClipTextRun, train_clip_text
+from unclip.training.decoder import DecoderRun, train_decoder
+from unclip.training.prior import PriorRun, train_prior
+from unclip.training.upsampler import UpsamplerRun, train_upsampler
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training: the schema of its configuration, what is then called, and what that does."""
+
+    schema: type[Config]
+    train: Callable[[Any, Accelerator], object]
+    says: str
+
+
+TRAINERS = {
+    "clip": Trainer(ClipRun, train_clip, "Train a CLIP encoder from scratch (Section 2)."),
+    "clip_text": Trainer(
+        ClipTextRun, train_clip_text, "Teach a trained CLIP's text tower more words (Section 2)."
+    ),
+    "prior": Trainer(PriorRun, train_prior, "Train the diffusion prior (Section 2.2)."),
+    "ar_prior": Trainer(
+        ArPriorRun, train_ar_prior, "Train the autoregressive prior (Section 2.2)."
+    ),
+    "decoder": Trainer(DecoderRun, train_decoder, "Train the decoder (Section 2.1)."),
+    "upsampler": Trainer(UpsamplerRun, train_upsampler, "Train an upsampler (Section 2.1)."),
+}
+
+
+def trained_by(config: str | Path) -> str:
+    """What a configuration trains, by its keys. **Raises**: `ConfigError` if that can't be said."""
+    data = read_yaml(config)
+    model = data.get("model") or {}
+    kind = kind_of_keys(model)
+    if kind is not None:
+        return kind.name
+    if "embed_dim" in model:
+        return "clip"
+    if "teacher" in data:
+        return "clip_text"
+    raise ConfigError(f"{config} is no configuration of a training: {', '.join(TRAINERS)}")
