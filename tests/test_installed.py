@@ -7,12 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from test_clip_aids import sentences  # noqa: F401  (a fixture)
 
+from unclip.cli import evaluation
 from unclip.config import load_config, read_yaml
 from unclip.errors import ConfigError
+from unclip.evaluation.experiments import EXPERIMENTS
 from unclip.shipped import configurations, located
+from unclip.train import STAGES
 from unclip.training import new
 from unclip.training.trainers import TRAINERS, trained_by
 
@@ -57,6 +62,13 @@ def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
             assert trained_by(name) == wanted
     with pytest.raises(ConfigError, match="no configuration of a training"):
         trained_by("accelerate/ddp_8")
+
+
+def test_the_shell_knows_every_training_and_experiment_by_name() -> None:
+    """It lists them itself, so that a mistyped one answers before torch is loaded."""
+    assert {name.replace("-", "_") for name in STAGES} == {*TRAINERS, "embed"}
+    names = get_type_hints(evaluation.experiment)["name"]
+    assert get_args(names) == tuple(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu24", "gpus8"])
@@ -137,7 +149,7 @@ def test_the_wheel_makes_a_picture_and_has_configurations_and_emoji(installed: R
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_every_stage(installed: Run) -> None:
+def test_the_wheel_trains_every_stage(installed: Run, sentences: Path) -> None:  # noqa: F811
     two = ["train.steps=2", "train.batch=4", "train.save_every=2", "train.sample_every=9"]
 
     def train(stage: str, config: str, *overrides: str, launcher: tuple[str, ...] = ()) -> None:
@@ -149,7 +161,8 @@ def test_the_wheel_trains_every_stage(installed: Run) -> None:
     thin = ["model.unet.channels=8", "model.unet.groups=4"]
     launch = ("-m", "accelerate.commands.launch")
     train("clip", "shapes/clip")
-    few = ["teacher.words=20", 'teacher.phrases=["a {}"]', "data.train=shapes:val", "data.val=null"]
+    few = [f"teacher.model={sentences}", "teacher.words=5"]
+    few += ["data.train=shapes:val", "data.val=null"]
     train("clip-text", "emoji/clip_text", clip, "data.resolution=32", *few)
     printed = installed("train", "embed", "shapes:val", "cache", "--clip", "runs/shapes/clip")
     assert printed.startswith("cache: ")

@@ -80,6 +80,15 @@ def test_five_per_cent_of_held_out_pictures_are_copies():
     assert copies(at_angles(0, 5, 7, 20), real, threshold) == 0.5
 
 
+def test_pairs_do_not_meet_in_a_kernel_distance_of_pairs():
+    """Draws that lie beside their true ones seemed nearer than the same distribution is."""
+    g = torch.Generator().manual_seed(0)
+    true = torch.randn(400, 64, generator=g)
+    drawn = true + 0.1 * torch.randn(400, 64, generator=g)
+    assert kernel_distance(drawn, true) < -0.02
+    assert abs(kernel_distance(drawn, true, paired=True)) < 2e-3
+
+
 def test_kernel_distance_is_that_of_the_moments():
     """(x·y + 1)³ = Σ C(3, i) ⟨x⊗ⁱ, y⊗ⁱ⟩, so that the distance is Σ C(3, i) |E x⊗ⁱ - E y⊗ⁱ|²."""
     x = torch.nn.functional.normalize(normal(1500, 2), dim=1)  # all round

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import tiny_pipeline
 
 from unclip.config import read_yaml
+from unclip.errors import CheckpointError
 from unclip.files.folder import ORDER, stage_kind
+from unclip.pipeline import UnCLIP
 from unclip.stages.kinds import KINDS, build, kind_of, kind_of_keys
 from unclip.stages.upsampler import route
 from unclip.training.trainers import TRAINERS
@@ -55,3 +59,12 @@ def test_routes_lead_through_stages_that_fit_together() -> None:
     assert route([small, large], 32, 64) == [large]
     assert route([small, large], 64, 64) == []
     assert route([large], 16, 64) is None
+
+
+@pytest.mark.parametrize("power", [[0.5], {"one": 0.5}, {"1": None}, {"1": [0.5]}])
+def test_statistics_that_are_no_numbers_by_timestep_are_refused(tmp_path: Path, power: Any) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "prior" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "power": power}))
+    with pytest.raises(CheckpointError, match=r"prior/config\.json can't be used: power must be"):
+        UnCLIP.from_pretrained(tmp_path)

@@ -356,13 +356,13 @@ def test_a_pair_counts_by_the_mean_of_its_draws(model_folder):
     assert_close(quarters.nanmean(0), losses["loss"])
 
 
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_what_workers_prepare_changes_no_loss(model_folder, stage):
+@pytest.mark.parametrize(("stage", "draws"), [("prior", 1), ("prior", 3), ("decoder", 1)])
+def test_what_workers_prepare_changes_no_loss(model_folder, stage, draws):
     """Noise and tokens, made in the training's own process, held an accelerator up."""
-    run = tiny(stage, model_folder)
+    run = tiny(stage, model_folder, *([f"draws={draws}"] if draws > 1 else []))
     clip = FrozenCLIP.load(run.clip)
     task = (PriorTask if stage == "prior" else DecoderTask)(run, clip)
-    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer)
+    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer, draws)
     read = first_batch(run, made=pickle.loads(pickle.dumps(made)), workers=1)
     assert read.noise is not None and read.tokens.shape == (2, 4, clip.context)
     seen = []

@@ -161,7 +161,7 @@ class Tar:
         check_writable(out.parent, "--out")
         self.out, self.suffix = out, suffix
         self.there: dict[str, Record] = {}
-        end = self._read() if out.exists() else 0
+        self.end = end = self._read() if out.exists() else 0
         with out.open("r+b" if end else "wb") as file:  # without what was cut off, if anything was
             file.truncate(end)
             file.seek(end)
@@ -173,7 +173,10 @@ class Tar:
         with tarfile.open(self.out, "r:") as tar:
             try:
                 for member in tar:
-                    after = member.offset_data + -(-member.size // 512) * 512
+                    after = (
+                        member.offset_data
+                        + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    )
                     since.append(member.name)
                     if member.name.endswith(".json") and after <= size:
                         file = tar.extractfile(member)
@@ -187,13 +190,17 @@ class Tar:
         return end
 
     def add(self, key: str, picture: bytes, record: Record) -> Path:
-        """The picture first, so that a sample with its .json is whole."""
+        """The picture first, so that a sample with its .json is whole; behind the last one, which
+        mode "a" would look for through all of them."""
         said = json.dumps(record, ensure_ascii=False).encode()
-        with tarfile.open(self.out, "a:") as tar:
-            for name, data in ((f"{key}{self.suffix}", picture), (f"{key}.json", said)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        with self.out.open("r+b") as file:
+            file.seek(self.end)
+            with tarfile.open(fileobj=file, mode="w:") as tar:
+                for name, data in ((f"{key}{self.suffix}", picture), (f"{key}.json", said)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                self.end = file.tell()
         return self.out / f"{key}{self.suffix}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -104,6 +106,14 @@ class Measuring:
         return UnCLIP.from_pretrained(source, where, precision(self.dtype, where))
 
 
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    """No warnings of captions with words that the encoder lacks: those are measured too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
+        yield
+
+
 def evaluate(
     model: ModelArgument = None,
     *,
@@ -123,8 +133,7 @@ def evaluate(
 
     request, out, weights = measuring.request(upscaled, prior), measuring.out, source.hash
     pipe, title = measuring.load(source), f"{source.root} on {measuring.data}"
-    with warnings.catch_warnings():  # captions of data with words that it lacks are measured
-        warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
+    with _as_they_are():
         evaluation = measure(pipe, weights, request, out / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", evaluation.scores)
@@ -152,8 +161,7 @@ def experiment(
 
     request, weights, out = measuring.request(), source.hash, measuring.out
     pipe = measuring.load(source)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the encoder|.* not read whole", UnclipWarning)
+    with _as_they_are():
         found = EXPERIMENTS[name](pipe, weights, request, out / "pictures")
     print(found.markdown)
     print("\n" + "\n".join(map(str, found.write(out, name))))

@@ -92,10 +92,11 @@ def copies(x: Tensor, real: Tensor, threshold: float) -> float:
     return float((nearest(x, real, 1)[0] < threshold).float().mean())
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> float:
+def kernel_distance(x: Tensor, y: Tensor, paired: bool = False) -> float:
     """Squared maximum mean discrepancy under the kernel (cos(x, y) + 1)³, without bias.
 
-    KID's kernel on features of unit length: as with neighbours, only directions count.
+    KID's kernel on features of unit length: as with neighbours, only directions count. `paired`
+    rows, one made for the other, don't meet: they are no independent draws.
 
     **Shapes**: x (N, F), y (M, F), two rows or more each.
     **Source**: Bińkowski et al. 2018, "Demystifying MMD GANs", eq. 3 and 4.
@@ -106,7 +107,8 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     def between(k: Tensor) -> Tensor:
         return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
 
-    return float(between(xx) + between(yy) - 2 * xy.mean())
+    across = between(xy) if paired else xy.mean()
+    return float(between(xx) + between(yy) - 2 * across)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

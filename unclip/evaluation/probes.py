@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from unclip.data.open import open_dataset
-from unclip.data.sample import fixed
 from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.errors import ConfigError
 from unclip.evaluation.findings import Findings
 from unclip.evaluation.measures import Probe
 from unclip.evaluation.report import Columns, lines_of
-from unclip.evaluation.setting import Request, read_pairs
+from unclip.evaluation.setting import Request, pairs_of, read_pairs
 from unclip.images import grid, to_pil, to_tensor
 from unclip.pipeline import UnCLIP
-from unclip.randomness import permutation
 
 SHOWN = 6
 LEARNED = 4_000  # training pictures that components and probes are fitted to
@@ -96,7 +93,7 @@ def binding(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findings:
     scenes = scenes[: request.limit]
     captions, others = [s.caption for s in scenes], [swapped(s) for s in scenes]
     true = [to_pil(render(s, decoder.side)) for s in scenes]
-    z, how = pipe.encode_image(true), {"size": decoder.side, **_given(request)}
+    z, how = pipe.encode_image(true), {"size": decoder.side, **request.given}
     made = {"the scenes themselves": true}
     if decoder.reads_text:
         made["the caption alone"] = pipe.text_to_image(captions, prior="none", **how)
@@ -129,12 +126,9 @@ def _told_apart(
     return float((own > other).float().mean())
 
 
-def _given(request: Request) -> dict[str, Any]:
-    return {k: v for k, v in request.options.items() if v is not None and k != "prior"}
-
-
-def with_word(picture: Image.Image, word: str) -> Image.Image:
-    """A picture with a word written across it, as large as fits, on a strip of white."""
+def with_word(picture: Image.Image, word: str, ink: str = "black") -> Image.Image:
+    """A picture with a word written across it, as large as fits, on a strip of white; in white ink
+    it is the strip alone, which hides as much."""
     image = picture.copy()
     draw, size = ImageDraw.Draw(image), image.height // 3
     while size > 6 and ImageFont.load_default(size).getlength(word) > 0.95 * image.width:
@@ -142,7 +136,7 @@ def with_word(picture: Image.Image, word: str) -> Image.Image:
     font, middle = ImageFont.load_default(size), image.height // 2
     left = (image.width - font.getlength(word)) / 2
     draw.rectangle([0, middle - size * 0.7, image.width, middle + size * 0.7], fill="white")
-    draw.text((left, middle - size * 0.6), word, "black", font)
+    draw.text((left, middle - size * 0.6), word, ink, font)
     return image
 
 
@@ -161,11 +155,15 @@ def typography(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findin
     if len(first) < 2:
         raise ConfigError("a word for something else needs captions of two names or more")
     words = [first[(first.index(name) + 1) % len(first)] for name in names]
-    attacked = [with_word(*both) for both in zip(pairs.pictures, words, strict=True)]
+    attacked, blank = (
+        [with_word(*both, ink) for both in zip(pairs.pictures, words, strict=True)]
+        for ink in ("black", "white")
+    )
     z_text = F.normalize(pipe.encode_text([request.wording.plain(n) for n in first]).float(), dim=1)
     own, other = (torch.tensor([first.index(n) for n in them]) for them in (names, words))
     rows = {}
-    for what, pictures in (("as it is", pairs.pictures), ("with the word", attacked)):
+    shown = {"as it is": pairs.pictures, "an empty strip": blank, "the word on it": attacked}
+    for what, pictures in shown.items():
         z = F.normalize(pipe.encode_image(pictures).float(), dim=1)
         chance = (z @ z_text.T / TEMPERATURE).softmax(1).cpu()  # (N, C)
         best = chance.argmax(1)
@@ -232,8 +230,7 @@ def _labelled(
     attributes = getattr(dataset, "attributes", None)
     if dataset is None or attributes is None:
         raise ConfigError("linear probes need data that say what they show: --data emoji or shapes")
-    order = permutation(0, 0, len(dataset))[:LEARNED].tolist()
-    z = pipe.encode_image([to_pil(fixed(dataset, k).image) for k in order]).float().cpu()
-    read = [attributes(k) for k in order]
+    pairs = pairs_of(pipe, dataset, LEARNED)
+    read = [attributes(k) for k in pairs.numbers]
     keys = dict.fromkeys(key for labels in read for key in labels)
-    return z, {key: [labels.get(key) for labels in read] for key in keys}
+    return pairs.z_image.cpu(), {key: [labels.get(key) for labels in read] for key in keys}

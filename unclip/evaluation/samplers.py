@@ -21,7 +21,11 @@ from unclip.pipeline import UnCLIP
 STEPS = (4, 8, 16, 32, 64)
 MEASURES = {
     "frechet": ("Fréchet distance", 2, "as Gaussians, in the prior's scale, so that all count"),
-    "kernel": ("kernel distance × 1000", 2, "under (cos + 1)³, without bias"),
+    "kernel": (
+        "kernel distance × 1000",
+        2,
+        "under (cos + 1)³; none meets its own caption's",
+    ),
     "spread": ("spread over the true one", 3, "1 is as varied as the data's own"),
     "cosine": ("cosine to the caption's own", 3, "the highest is that of a mean, not of a draw"),
 }
@@ -58,7 +62,7 @@ def compare_samplers(pipe: UnCLIP, model: str, request: Request, work: Path) -> 
             drawn = scale(z).cpu()
             found.setdefault(sampler, {})[steps] = {
                 "frechet": frechet_distance(drawn, true),
-                "kernel": 1000 * kernel_distance(drawn, true),
+                "kernel": 1000 * kernel_distance(drawn, true, paired=True),
                 "spread": spread(drawn) / spread(true),
                 "cosine": float(cosine_similarity(z.cpu(), pairs.z_image.cpu().float()).mean()),
             }

@@ -21,7 +21,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.data.kept import cache_folder
 from unclip.data.open import open_dataset
-from unclip.data.sample import fixed
+from unclip.data.sample import Dataset, fixed
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.evaluation.drawings import Kept
 from unclip.evaluation.features import Remembered, clip_features, open_features
@@ -53,6 +53,11 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given; `prior` apart, which calls with embeddings don't take."""
+        return {k: v for k, v in self.options.items() if v is not None and k != "prior"}
+
+    @property
     def wording(self) -> Wording:
         """How captions are worded, if not said then as the data set is known to."""
         known = EMOJI_WORDING if self.data.startswith("emoji") else "{name}"
@@ -80,9 +85,8 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of a pipeline's call; `prior` apart, which calls with embeddings don't take."""
-        given = self.request.options.items()
-        return {k: v for k, v in given if v is not None and k != "prior"}
+        """Of a pipeline's call, as `Request.given`."""
+        return self.request.given
 
     @property
     def prior(self) -> str | None:
@@ -171,11 +175,13 @@ def _open_eyes(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Captions of a data set with their pictures, at the decoder's size, and these's embeddings.
+    """Some of a data set's captions with their pictures, at the decoder's size, and these's
+    embeddings; `numbers` are those of the pictures there.
 
     **Shapes**: z_image (N, D) raw.
     """
 
+    numbers: list[int]
     captions: list[str]
     pictures: list[Image.Image]
     z_image: Tensor
@@ -190,8 +196,13 @@ def read_pairs(pipe: UnCLIP, request: Request) -> Pairs:
     dataset = open_dataset(spec, side)
     if len(dataset) < LEAST_HELD_OUT:
         raise DataError(f"{spec} holds {len(dataset)} pictures; {LEAST_HELD_OUT} are needed")
-    order = permutation(0, 0, len(dataset))[: request.limit].tolist()
+    return pairs_of(pipe, dataset, request.limit)
+
+
+def pairs_of(pipe: UnCLIP, dataset: Dataset, count: int) -> Pairs:
+    """The first `count` of a data set in a fixed shuffled order."""
+    order = permutation(0, 0, len(dataset))[:count].tolist()
     samples = [fixed(dataset, k) for k in order]
     captions = [caption_of(dataset, k, s) for k, s in zip(order, samples, strict=True)]
     pictures = [to_pil(sample.image) for sample in samples]
-    return Pairs(captions, pictures, pipe.encode_image(pictures).float())
+    return Pairs(order, captions, pictures, pipe.encode_image(pictures).float())

@@ -71,7 +71,7 @@ MID = {False: "UNetMidBlock2D", True: "UNetMidBlock2DSimpleCrossAttn"}
 
 
 @dataclass
-class Reader:
+class Settings:
     """One of their configurations, in the file `where`; `close` refuses what nobody asked for."""
 
     data: Mapping[str, Any]
@@ -120,7 +120,7 @@ class Reader:
 
 def prior_config(data: Mapping[str, Any], where: str) -> PriorConfig:
     """`PriorTransformer` to ours. **Raises**: `CheckpointError` naming what is not supported."""
-    theirs = Reader(data, where)
+    theirs = Settings(data, where)
     heads, per_head = theirs.get("num_attention_heads", 32), theirs.get("attention_head_dim", 64)
     embed = theirs.get("embedding_dim", 768)
     width = heads * per_head
@@ -146,7 +146,7 @@ def decoder_config(
 
     **Raises**: `CheckpointError` naming what is not supported, or does not fit together.
     """
-    theirs, proj = Reader(unet, where), Reader(text_proj, where_text)
+    theirs, proj = Settings(unet, where), Settings(text_proj, where_text)
     out_channels = theirs.get("out_channels", among=[3, 6])
     theirs.get("class_embed_type", None, ["identity"])
     width = theirs.get("cross_attention_dim")
@@ -174,7 +174,7 @@ def decoder_config(
 
 def upsampler_config(data: Mapping[str, Any], low: int, where: str) -> UpsamplerConfig:
     """`UNet2DModel`, which doesn't say `low`, to ours. **Raises**: `CheckpointError`."""
-    theirs = Reader(data, where)
+    theirs = Settings(data, where)
     theirs.get("in_channels", among=[6])
     theirs.get("out_channels", among=[3])
     theirs.get("add_attention", True, [False])
@@ -184,7 +184,7 @@ def upsampler_config(data: Mapping[str, Any], low: int, where: str) -> Upsampler
     return theirs.build(UpsamplerConfig, low=low, high=high, unet=config)
 
 
-def _unet(theirs: Reader, head_channels: int | None) -> UNetConfig:
+def _unet(theirs: Settings, head_channels: int | None) -> UNetConfig:
     """The part that both kinds of U-Net have; only decoders have heads."""
     down, up = theirs.get("down_block_types"), theirs.get("up_block_types")
     attends = {name: flag for flag, name in DOWN.items()}
@@ -224,7 +224,7 @@ def diffusion_config(data: Mapping[str, Any], where: str) -> tuple[DiffusionConf
 
     **Raises**: `CheckpointError` for another scheduler class or a setting it doesn't have.
     """
-    theirs = Reader(data, where)
+    theirs = Settings(data, where)
     theirs.get("_class_name", None, ["UnCLIPScheduler"])
     variance = theirs.get("variance_type", VARIANCES[False], [*VARIANCES.values()])
     prediction = theirs.get("prediction_type", "epsilon", [*TARGETS])

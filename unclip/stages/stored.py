@@ -79,7 +79,7 @@ def read_stage(folder: Path, name: str) -> StoredStage:
         )
     try:
         stage = _describe(kind, data, name, where)
-    except (ConfigError, KeyError, ValueError, AttributeError) as error:
+    except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{where} can't be used: {error}") from None
     weights, last = folder / name / WEIGHTS, folder / name / WEIGHTS_LAST
     return StoredStage(
@@ -99,8 +99,18 @@ def _describe(kind: Kind, data: dict[str, Any], name: str, where: str) -> Stage:
     sampling = parse_config(data["sampling"], SamplingConfig, where)
     if getattr(config, "learned_variance", False) != diffusion.learned_variance:
         raise ConfigError("learned_variance of model and diffusion must agree")
-    power = {int(t): float(value) for t, value in data.get("power", {}).items()}
-    return Stage(name, build(config), GaussianDiffusion(diffusion, power), sampling, encoder)
+    process = GaussianDiffusion(diffusion, _power(data.get("power", {})))
+    return Stage(name, build(config), process, sampling, encoder)
+
+
+def _power(data: Any) -> dict[int, float]:
+    """What was measured for the sampler `analytic`. **Raises**: `ConfigError`."""
+    try:
+        return {int(t): float(value) for t, value in data.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(
+            "power must be numbers by timestep, as `unclip measure` writes them"
+        ) from None
 
 
 def materialise(

@@ -170,8 +170,8 @@ def _embedded(
     """At most about `count` samples with their embeddings, evenly over the dataset; where they are
     `moved`, a smaller dataset again and again."""
     chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    if moved is not None:
-        chosen = range(count) if len(dataset) < count else chosen
+    if moved is not None and len(dataset) < count:
+        chosen = range(count)
     for start in range(0, len(chosen), 64):
         numbers = chosen[start : start + 64]
         batch = Batch.of([fixed(dataset, i % len(dataset)) for i in numbers])

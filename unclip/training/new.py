@@ -84,8 +84,9 @@ def new(folder: Path, data: str, machine: Machine) -> dict[Path, str]:
                 text = changed(text, key, value)
             text = _commented(text)
             file.write_text(text, encoding="utf-8")
-            commands[file] = f"{target.command} {trained_by(file).replace('_', '-')} {file}"
-            head = _head(file, commands[file], target, pictures)
+            name = trained_by(file)
+            commands[file] = f"{target.command} {name.replace('_', '-')} {file}"
+            head = _head(file, name, commands[file], target, pictures)
             file.write_text(f"{head}\n{text}", encoding="utf-8")
     return commands
 
@@ -138,9 +139,8 @@ def _commented(text: str) -> str:
     )
 
 
-def _head(file: Path, command: str, target: _Target, pictures: int) -> str:
+def _head(file: Path, name: str, command: str, target: _Target, pictures: int) -> str:
     """What a configuration says of itself: what it trains, how, and what that takes."""
-    name = trained_by(file)
     lines = [f"{TRAINERS[name].says[:-1]}, {target.words}, from {pictures:,} pictures."]
     lines.append(f"Command:  {command}")
     if name in KINDS:

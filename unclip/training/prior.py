@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
@@ -36,6 +35,7 @@ from unclip.training.task import (
     draw,
     embeddings_of,
     frozen_clip,
+    numbers_of_draws,
     train,
 )
 
@@ -91,8 +91,7 @@ class PriorTask(PairsTask):
         cond = Cond(text=self.clip.encode_text(batch.text))
         cond = cond.drop(self.clip.null_text, drop_text=self.drop("text", ids, z_image))
         x0 = self.stage.network.scale(z_image).repeat_interleave(n, dim=0)  # (nB, D)
-        draws = (ids[:, None] * n + torch.arange(n)).flatten()  # each its own number
-        t, noise = draw(self.run, draws, x0, batch.noise)
+        t, noise = draw(self.run, numbers_of_draws(ids, n), x0, batch.noise)
         losses = self.stage.diffusion.loss(model, x0, cond, t, noise)
         return {  # of a pair's draws; what nan marks in the other entries counts for nothing
             name: value.view(-1, n).mean(1) if name == "loss" else value.view(-1, n).nanmean(1)
@@ -126,6 +125,5 @@ def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
             seed, drop = run.train.seed, run.drop.text
             fit_draft(task.stage.network, clip, dataset, seed, drop, accelerator.autocast)
 
-    shape = task.stage.shape if run.draws == 1 else None  # else drawn as many times
-    made = Prepared(run.train.seed, shape, clip.towers.tokenizer)
+    made = Prepared(run.train.seed, task.stage.shape, clip.towers.tokenizer, run.draws)
     return train(task, run, dataset, accelerator, made, begin)

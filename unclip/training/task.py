@@ -173,15 +173,22 @@ class Prepared:
     seed: int
     shape: tuple[int, ...] | None  # of one sample's noise
     tokenizer: Tokenizer | None
+    draws: int = 1
 
     def __call__(self, batch: Batch) -> Batch:
-        """**Shapes**: noise (B, *shape), tokens (2, B, L)."""
+        """**Shapes**: noise (nB, *shape) for n draws, tokens (2, B, L)."""
         if self.shape is not None:
-            noise = randomness.normal(self.seed, "noise", batch.ids, self.shape)
+            ids = numbers_of_draws(batch.ids, self.draws)
+            noise = randomness.normal(self.seed, "noise", ids, self.shape)
             batch = replace(batch, noise=noise)
         if self.tokenizer is not None:
             batch = replace(batch, tokens=tokens(self.tokenizer, batch.captions))
         return batch
+
+
+def numbers_of_draws(ids: Tensor, n: int) -> Tensor:
+    """Each of n draws of every sample has its own, those of one in a row. **Shapes**: → (nB,)."""
+    return (ids[:, None] * n + torch.arange(n)).flatten()
 
 
 def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
