@@ -30,11 +30,11 @@ test-avx2: $(BIN)/.ready
 test-slow: $(BIN)/.ready
 	$(BIN)/python -m pytest -m slow
 
-# The web page in a real Chromium: `apt-get install chromium`, or any Chrome. With SCREENSHOTS=docs
-# the pictures of the docs are made anew.
+# The web page in a real Chromium (`apt-get install chromium`, or any Chrome); without one it is
+# skipped. With SCREENSHOTS=docs the pictures of the docs are made anew.
 test-web: $(BIN)/.ready
 	$(BIN)/pip install --quiet "playwright>=1.50"
-	$(BIN)/python -m pytest -n 0 -m web tests/test_web.py
+	$(BIN)/python -m pytest -n 0 -rs -m web tests/test_web.py
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .

@@ -104,6 +104,11 @@ def test_a_broken_upload_is_a_data_error(studio: Studio, tmp_path: Path) -> None
         drawn(studio, verbs.UPSCALE, picture=None)
 
 
+def test_a_painted_picture_that_is_too_large_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="5000 x 4000, more than the 16,000,000 pixels"):
+        verbs.unpainted({"background": Image.new("L", (5000, 4000)), "layers": []})
+
+
 def test_a_call_that_is_closed_stops_and_the_next_one_runs(studio: Studio) -> None:
     assert studio.model is not None
     options = verbs.TEXT.options(steps=900)

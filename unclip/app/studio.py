@@ -235,11 +235,15 @@ def uploaded(path: str | Path | None) -> Image:
     """A picture that was dropped. **Raises**: `DataError` if it can't be used, or is too large."""
     if path is None:
         raise DataError(NO_PICTURE)
-    picture = load_image(path, Path(path).name)
+    return of_a_size(load_image(path, Path(path).name), Path(path).name)
+
+
+def of_a_size(picture: Image, name: str) -> Image:
+    """The picture. **Raises**: `DataError` if it has more pixels than this page takes."""
     if picture.width * picture.height > UPLOAD_PIXELS:
         raise DataError(
-            f"{Path(path).name} is {picture.width} x {picture.height}, more than the "
-            f"{UPLOAD_PIXELS:,} pixels that this page takes; scale it down first",
+            f"{name} is {picture.width} x {picture.height}, more than the {UPLOAD_PIXELS:,} "
+            "pixels that this page takes; scale it down first",
             "too large",
         )
     return picture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unclip.app.studio import NO_PICTURE, Verb, bounded, uploaded
+from unclip.app.studio import NO_PICTURE, Verb, bounded, of_a_size, uploaded
 from unclip.cli.arguments import numbers
 from unclip.errors import DataError
 from unclip.options import Options
@@ -114,11 +114,11 @@ def upscale(pipe: UnCLIP, seed: int, options: Options, *, picture: Path | None) 
 def unpainted(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image | None]:
     """The picture below the brush, and what was painted as a mask, None if that is nothing.
 
-    **Raises**: `DataError` without a picture.
+    **Raises**: `DataError` without a picture, or for one that is too large.
     """
     if painted is None or painted["background"] is None:
         raise DataError(NO_PICTURE)
-    picture = painted["background"].convert("RGB")
+    picture = of_a_size(painted["background"], "the picture").convert("RGB")
     mask = np.zeros((picture.height, picture.width), bool)
     for layer in painted["layers"]:
         mask |= np.asarray(layer.getchannel("A")) > 0
