@@ -59,7 +59,7 @@ def test_configurations_are_named_wherever_we_are(
 def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
     for name, path in configurations().items():
         if not name.startswith("accelerate/"):
-            stem = path.stem.removesuffix("_next").replace("judge", "clip")
+            stem = path.stem.replace("judge", "clip")
             wanted = "upsampler" if stem.startswith("upsampler") else stem
             assert trained_by(name) == wanted
     with pytest.raises(ConfigError, match="no configuration of a training"):

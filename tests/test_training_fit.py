@@ -125,6 +125,11 @@ def test_learning_rate_is_a_closed_form(tmp_path: Path) -> None:
     assert 0 < learning_rate(109, cosine) < 1e-3
     constant = config(tmp_path, steps=110, warmup=0, lr=2.0, decay="constant").train
     assert {learning_rate(step, constant) for step in range(110)} == {2.0}
+    cooled = constant.model_copy(update={"cooldown": 40})
+    assert {learning_rate(step, cooled) for step in range(10, 71)} == {2.0}
+    assert learning_rate(90, cooled) == 1.0 and learning_rate(109, cooled) == 0.05
+    with pytest.raises(ValueError, match="cooldown needs"):
+        config(tmp_path, decay="cosine", cooldown=10)
     assert learning_rate(0, config(tmp_path, steps=1, warmup=1, lr=2.0).train) == 2.0
 
 

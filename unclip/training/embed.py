@@ -1,6 +1,6 @@
 """Write a cache of CLIP image embeddings, from which the prior trains without pictures.
 
-    unclip train embed emoji runs/emoji/cache --clip runs/emoji/clip --rounds 4
+    unclip train embed emoji runs/emoji/cache --clip runs/emoji/clip_text --rounds 4
     unclip train prior emoji/prior data.train=runs/emoji/cache
 
 The same command again goes on; any number of processes share the work.

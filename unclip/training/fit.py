@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -41,8 +41,9 @@ MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
-    """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
-    makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
+    """How to train. `batch` is global: over all processes and accumulation steps. A constant rate
+    falls to zero over the last `cooldown` steps, which may be decided when they come.
+    `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -51,6 +52,7 @@ class TrainConfig(Config):
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine"] = "cosine"
+    cooldown: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -66,6 +68,12 @@ class TrainConfig(Config):
     compile: bool = False
     deterministic: bool = False
     init: Place | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.cooldown and self.decay != "constant":
+            raise ValueError("cooldown needs decay = constant: a cosine falls by itself")
+        return self
 
 
 class Batch(Protocol):
@@ -106,7 +114,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.decay == "constant":
-        return config.lr
+        return config.lr * min(1, (config.steps - step) / max(1, config.cooldown))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 

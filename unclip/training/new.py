@@ -35,9 +35,13 @@ COMMENTS = {
     "of photographs.",
     "model": "The network.",
     "vocabulary": "Words: those of the captions (data), or all that CLIP knows (full).",
+    "restore": "A head that draws small pictures from embeddings: what it needs, a decoder needs.",
     "augment": "How pictures are moved at random, so that few go further.",
     "diffusion": "How noise is added, and what the network predicts of it.",
     "sampling": "How pictures are drawn, in samples/ and later, where nobody says otherwise.",
+    "draws": "Noise and timesteps for each pair at every step: the caption is read once for all.",
+    "jitter": "How far embeddings are moved off the data, as a prior's are.",
+    "perceptual": "What the encoder sees of a guess counts beside its pixels.",
     "drop": "Shares of the samples that train without a condition: guidance needs them.",
     "degradation": "What is done to small pictures, so that flawed ones can be enlarged too.",
     "train": "steps x batch pictures are seen; stopped at any step, the same command goes on.",
@@ -153,7 +157,11 @@ def _of_own_encoder(file: Path, encoder: dict[str, Any], pictures: int) -> dict[
     told: dict[str, Any] = {"clip": str(folder / "clip"), "model.embed": clip["embed_dim"]}
     told["model.text_width"] = words["width"]
     return {
-        "clip": {"name": folder.name, "train.batch": min(encoder["train"]["batch"], pictures)},
+        "clip": {
+            "name": folder.name,
+            "teacher": None,  # knows what emoji mean, and is a package of its own
+            "train.batch": min(encoder["train"]["batch"], pictures),
+        },
         "prior": {**told, "model.context": words["context_length"]},
         "decoder": told,
         "upsampler_1024": {"train.init": str(folder / "upsampler_256")},  # the same network
@@ -175,7 +183,7 @@ def changed(text: str, key: str, value: object) -> str:
     indent = "  " if section else ""
     line = "" if value is None else f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}\n"
     body, found = re.subn(
-        rf"^{indent}{name}:.*\n", lambda _: line, text[begin:end], flags=re.MULTILINE
+        rf"^{indent}{name}:.*\n(?:{indent} .*\n)*", lambda _: line, text[begin:end], flags=re.M
     )
     return text[:begin] + (body if found or not line else body + line) + text[end:]
 
