@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("edit",),
     ("pipeline", "training"),
     ("assemble", "evaluation", "doctor"),
-    ("cli", "train"),
+    ("cli", "app", "train"),
 )
 # Within a floor, and where a floor would allow it: what must not know of what.
 STRANGERS = (

@@ -37,6 +37,7 @@ for verb in (
     edits.redraw,
     data.embed,
     pictures.upscale,
+    pictures.app,
     models.info,
     models.assemble,
     models.convert,

@@ -51,18 +51,22 @@ def new(
         Literal["cpu", "gpu24", "gpus8"],
         typer.Option("--for", help="A CPU, a GPU of 24 GB, eight GPUs in one machine."),
     ] = "cpu",
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="A model whose prior and decoder go on: few pictures do then."),
+    ] = None,
 ) -> None:
     """Write a commented configuration of each stage for your own pictures, and say what is next."""
+    from unclip.training.new import assembling
     from unclip.training.new import new as write
 
-    commands = write(folder, data, machine)
-    for file in commands:
-        print(file)
-    stages = [file.with_suffix("") for file in commands]
-    options = " ".join(f"--{stage.name.partition('_')[0]} {stage}" for stage in stages)
+    written = []
+    for one in write(folder, data, machine, start):
+        print(f"{one.file}  {one.time}".rstrip(), flush=True)
+        written.append(one)
     print("next, one after the other:")
-    print("\n".join(f"  {command}" for command in commands.values()))
-    print(f"  unclip assemble {options} --out {folder / 'model'}")
+    print("\n".join(f"  {one.command}" for one in written))
+    print(f"  {assembling(folder, written, start)}")
     print(f'  unclip text "a caption" --model {folder / "model"}')
 
 
