@@ -79,6 +79,10 @@ ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL)]
 Variant = Annotated[
     str | None, typer.Option(help="Of a folder like Karlo's with several copies of weights: fp16 …")
 ]
+Lora = Annotated[
+    list[Path] | None,
+    typer.Option(help="A LoRA of one of its stages: a folder, a run or a hub id; repeatable."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …, or auto.")]
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep one stage at a time on the device: less memory.")
@@ -107,6 +111,7 @@ class Asked:
     out: Out = Path("out")
     form: Format = None
     model: Model = None
+    lora: Lora = None
     variant: Variant = None
     device: Device = "auto"
     dtype: Precision = None
