@@ -47,7 +47,7 @@ import messages  # noqa: E402
 NAMES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md"))]
 LANGUAGES = {"python", "shell", "console", "text"}
 # Minutes, or a network, or tests of their own: their words are parsed.
-PARSED = ("evaluate", "experiment", "measure", "plan", "app", "validate", "doctor")
+PARSED = ("evaluate", "experiment", "measure", "plan", "app", "validate", "doctor", "watch", "push")
 DRAWING = ("README.md", "docs/quickstart.md", "docs/editing.md", "docs/karlo.md")
 AROUND = ("cd", "source", "python", "python3", "git", "docker", "ls", "head")
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
