@@ -207,7 +207,11 @@ def archive_path(root: Path, set_name: str) -> Path:
     raster = set_name == RASTER_SET
     path = root / ("fluent-3d-256.zip" if raster else f"svg/{set_name}.tar.xz")
     if not path.is_file():
-        raise DataError(f"the emoji set {set_name} is missing: no {path}")
+        raise DataError(
+            f"the emoji set {set_name} is missing: no {path}. An installed package leaves out the "
+            "one that is no vectors: data.train=emoji-vector has all others, or point UNCLIP_EMOJI "
+            "at the folder data/emoji of a clone"
+        )
     return path
 
 
