@@ -42,6 +42,7 @@ for verb in (
     models.assemble,
     models.convert,
     training.train,
+    training.watch,
     training.configs,
     training.new,
     models.measure,
