@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unclip.config import Config, Place
+from unclip.config import Config, Place, flat
 from unclip.errors import ConfigError, DivergedError
 from unclip.precision import Precision
 from unclip.randomness import generator
@@ -32,9 +32,10 @@ from unclip.training.checkpoint import (
     save_checkpoint,
 )
 from unclip.training.ema import EMA
-from unclip.training.log import RunLog
+from unclip.training.log import RunLog, add_up
 from unclip.training.muon import MuonAdamW
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
+from unclip.training.trackers import TrackerName
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
 MAX_SKIPPED, WINDOW = 10, 1000
@@ -65,6 +66,7 @@ class TrainConfig(Config):
     precision: Precision = "fp32"
     compile: bool = False
     deterministic: bool = False
+    tracker: TrackerName = "none"
     init: Place | None = None
 
 
@@ -155,12 +157,15 @@ def fit(
     resolved: Config,
     accelerator: Accelerator,
     begin: Callable[[], None] | None = None,
+    held_out: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> Path:
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
     each step, without end. `begin` prepares the model of a run that starts from nothing, where it
     will train; the first process does that, and wrapping the model gives all of them what is there.
+    `held_out` says what the averaged model makes of data that it is not trained on, beside each
+    preview and as that on every process.
     SIGTERM, SIGUSR1 or SIGINT saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
@@ -187,7 +192,13 @@ def fit(
         if newest is not None:
             load_checkpoint(newest, task, state)
         log = RunLog(
-            run, start=state.step, steps=config.steps, batch=config.batch, accelerator=accelerator
+            run,
+            start=state.step,
+            steps=config.steps,
+            batch=config.batch,
+            accelerator=accelerator,
+            tracker=config.tracker,
+            settings=flat(resolved.model_dump(mode="json")),
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
@@ -195,7 +206,7 @@ def fit(
             log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
             log.say(sharding.told(accelerator.num_processes))
-        trainer = _Trainer(task, wrapped, config, state, log, accelerator)
+        trainer = _Trainer(task, wrapped, config, state, log, accelerator, held_out)
         try:
             with stop_signal() as stopped:
                 trainer.train(batches, stopped)
@@ -219,6 +230,7 @@ class _Trainer:
     state: TrainState
     log: RunLog
     accelerator: Accelerator
+    held_out: Callable[[nn.Module], dict[str, float]] | None
     saved: Path | None = None
 
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
@@ -264,11 +276,7 @@ class _Trainer:
             with self.accelerator.no_sync(self.wrapped) if more else nullcontext():
                 losses = self.task.loss(self.wrapped, batch, step)
                 self.accelerator.backward(losses["loss"].mean() / config.accumulate)
-            for name, value in losses.items():
-                value = value.detach().float()
-                applies = ~value.isnan() | (name == "loss")
-                total = torch.where(applies, value, 0).sum()
-                sums[name] = sums.get(name, 0) + torch.stack([total, applies.sum()])
+            add_up(sums, losses)
         return sums, wait
 
     def _update(self, loss: Tensor, lr: float, stop: bool) -> tuple[Tensor, bool, bool]:
@@ -331,7 +339,11 @@ class _Trainer:
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
             image = self.task.preview(averaged)
+            scores = {} if self.held_out is None else self.held_out(averaged)
+        self.log.write_held_out(self.state.step, scores)
         if image is not None and self.accelerator.is_main_process:
             folder = Path(self.config.out) / "samples"
             folder.mkdir(exist_ok=True)
-            image.save(folder / f"step-{self.state.step}.png")
+            file = folder / f"step-{self.state.step}.png"
+            image.save(file)
+            self.log.show(file, self.state.step)
