@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sources", "options", "reader", "drawing"),
     ("edit",),
     ("pipeline", "training"),
-    ("assemble", "evaluation"),
+    ("assemble", "evaluation", "doctor"),
     ("cli", "app", "train"),
 )
 # Within a floor, and where a floor would allow it: what must not know of what.

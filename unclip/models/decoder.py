@@ -124,11 +124,11 @@ class Decoder(nn.Module):
             states, mask = self.text(cond.text)  # (B, l, K), (B, l)
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
-        context, layout = self.unet.context_kv(tokens, mask), self._layout(z_image)
+        context, layout = self.unet.context_kv(tokens, mask), self.laid_out(z_image)
         return replace(cond, cache=DecoderCache(emb, context, layout))
 
-    def _layout(self, z_image: Tensor) -> Tensor | None:
-        """The small picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
+    def laid_out(self, z_image: Tensor) -> Tensor | None:
+        """The layout's picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
         if self.layout is None or self.config.layout is None:
             return None
         small, side = self.config.layout.side, self.config.resolution

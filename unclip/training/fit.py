@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -16,12 +15,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from unclip.config import Config, Place, flat
-from unclip.errors import ConfigError, DivergedError
+from unclip.errors import DivergedError
 from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -33,7 +31,7 @@ from unclip.training.checkpoint import (
 )
 from unclip.training.ema import EMA
 from unclip.training.log import RunLog, add_up
-from unclip.training.muon import MuonAdamW
+from unclip.training.optimizer import OptimizerName, build_optimizer
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 from unclip.training.trackers import TrackerName
 
@@ -42,8 +40,9 @@ MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
-    """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
-    makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
+    """How to train. `batch` is global: over all processes and accumulation steps. A constant rate
+    falls to zero over the last `cooldown` steps, which may be decided when they come.
+    `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -52,10 +51,11 @@ class TrainConfig(Config):
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine"] = "cosine"
+    cooldown: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     clip_grad: float | None = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -68,6 +68,12 @@ class TrainConfig(Config):
     deterministic: bool = False
     tracker: TrackerName = "none"
     init: Place | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.cooldown and self.decay != "constant":
+            raise ValueError("cooldown needs decay = constant: a cosine falls by itself")
+        return self
 
 
 class Batch(Protocol):
@@ -108,46 +114,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.decay == "constant":
-        return config.lr
+        return config.lr * min(1, (config.steps - step) / max(1, config.cooldown))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay acts on matrices and kernels, not on gains and biases.
-
-    `adamw8bit` keeps its moments in a byte each (Dettmers et al. 2021), those of small tensors
-    excepted. `muon` is AdamW for gains and biases only (see `MuonAdamW`).
-
-    **Raises**: `ConfigError` if the first is asked for without bitsandbytes, or either of a sharded
-    model.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
-    if any(isinstance(p, DTensor) for p in params):
-        raise ConfigError(f"train.optimizer = {config.optimizer} can't be shared out; use adamw")
-    if config.optimizer == "muon":
-        matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-        return MuonAdamW(matrices, rest, config.lr, config.betas, config.eps, config.weight_decay)
-    # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
-        ) from None
-    except Exception as error:  # an installation that is broken
-        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
-    for p in params:
-        p.data = p.data.contiguous()  # it does so itself, but at the first step
-    return AdamW8bit(groups, config.lr, config.betas, config.eps)
 
 
 def fit(
@@ -186,9 +155,10 @@ def fit(
         spread = accelerator.num_processes > 1 and sharding.asked()
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
-        state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(task.product, config.ema)
+        optimizer = build_optimizer(
+            task.model, config.optimizer, config.lr, config.betas, config.eps, config.weight_decay
         )
+        state = TrainState(task.model, optimizer, EMA(task.product, config.ema))
         if newest is not None:
             load_checkpoint(newest, task, state)
         log = RunLog(
@@ -236,8 +206,8 @@ class _Trainer:
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
         """Steps up to `config.steps`, or to the first one after `stopped` is set."""
         config, state = self.config, self.state
-        if state.step == 0:
-            self._preview()
+        if state.step == 0 and (first := self._preview()) is not None:
+            self.log.say(f"{first} shows where it begins, those beside it how far it is")
         stream = batches(state.step)
         while state.step < config.steps:
             lr = learning_rate(state.step, config)
@@ -257,6 +227,7 @@ class _Trainer:
             if stop and not done:
                 self.log.say(f"stopped at step {state.step}; the same command continues from here")
                 return
+        self.log.say(f"trained to step {state.step}; its weights are in {config.out}")
 
     def _backward(self, stream: Iterator[Batch]) -> tuple[dict[str, Tensor], float]:
         """Gradients of one global batch; this process's entries and its wait for data.
@@ -330,7 +301,7 @@ class _Trainer:
         )
         self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
-    def _preview(self) -> None:
+    def _preview(self) -> Path | None:
         """Write samples/step-N.png from the averaged weights; randomness stays as it is.
 
         Every process draws it, so that none waits for another, and a spread model can.
@@ -341,9 +312,10 @@ class _Trainer:
             image = self.task.preview(averaged)
             scores = {} if self.held_out is None else self.held_out(averaged)
         self.log.write_held_out(self.state.step, scores)
-        if image is not None and self.accelerator.is_main_process:
-            folder = Path(self.config.out) / "samples"
-            folder.mkdir(exist_ok=True)
-            file = folder / f"step-{self.state.step}.png"
-            image.save(file)
-            self.log.show(file, self.state.step)
+        if image is None or not self.accelerator.is_main_process:
+            return None
+        path = Path(self.config.out) / "samples" / f"step-{self.state.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        self.log.show(path, self.state.step)
+        return path
