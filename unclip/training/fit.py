@@ -87,7 +87,7 @@ class Task(Protocol):
     takes over the weights of the same stage in a folder, a run or a hub id.
 
     `product` is what is averaged, saved and started from: the model, or the part of one whose rest
-    only helps in training.
+    only helps in training. `trained` is what checkpoints keep to go on: the model, or what changes.
 
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
@@ -99,6 +99,7 @@ class Task(Protocol):
     name: str
     model: nn.Module
     product: nn.Module
+    trained: nn.Module
 
     def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]: ...
 
@@ -158,7 +159,7 @@ def fit(
         optimizer = build_optimizer(
             task.model, config.optimizer, config.lr, config.betas, config.eps, config.weight_decay
         )
-        state = TrainState(task.model, optimizer, EMA(task.product, config.ema))
+        state = TrainState(task.trained, optimizer, EMA(task.product, config.ema))
         if newest is not None:
             load_checkpoint(newest, task, state)
         log = RunLog(
@@ -308,7 +309,7 @@ class _Trainer:
         """
         device = self.accelerator.device
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
+        with fork, torch.no_grad(), self.state.ema.swapped(self.task.model) as averaged:
             image = self.task.preview(averaged)
             scores = {} if self.held_out is None else self.held_out(averaged)
         self.log.write_held_out(self.state.step, scores)
