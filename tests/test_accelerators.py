@@ -78,6 +78,7 @@ def train(what: str, clip: str, out: Path, precision: str, device: torch.device)
     with pytest.MonkeyPatch.context() as few:  # or later tests of this process had them, too
         for name, value in FEW.items():
             few.setattr(drafts, name, value)
+        few.setattr("unclip.training.task.HELD_OUT", 8)
         TRAIN[what](configured(what, clip, out, precision), accelerator)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.testing import assert_close
 
 from unclip import randomness
@@ -508,6 +509,29 @@ def test_moments_of_eight_bits_train_alike_and_resume_exactly(model_folder, tmp_
     ]
     assert losses[0] != losses[1]
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.01, atol=0)
+
+
+def test_what_held_out_data_cost_is_told_by_quarters_and_changes_no_training(
+    model_folder, tmp_path, monkeypatch
+):
+    """Always of the same samples and noise: weights that hardly move cost the same."""
+    monkeypatch.setattr("unclip.training.task.HELD_OUT", 8)
+    lines = {}
+    for val in ("shapes:val", "null"):
+        settings = [f"data.val={val}", "train.steps=2", "train.lr=1e-12", "train.log_every=1"]
+        settings += ["sampling.steps=2", "train.sample_every=1", f"train.out={tmp_path / val}"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        train_decoder(tiny("decoder", model_folder, *settings), Accelerator(cpu=True))
+        text = (tmp_path / val / "metrics.jsonl").read_text()
+        lines[val] = [json.loads(line)["grad_norm"] for line in text.splitlines()]
+    assert lines["shapes:val"] == lines["null"]
+    assert not (tmp_path / "null" / "val.jsonl").exists()
+    told = (tmp_path / "shapes:val" / "val.jsonl").read_text().splitlines()
+    first, *others = [json.loads(line) for line in told]
+    assert [line["step"] for line in others] == [1, 2] and "mse_q3" in first
+    for line in others:
+        assert line["loss"] == pytest.approx(first["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

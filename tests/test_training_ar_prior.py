@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def test_a_run_learns_resumes_exactly_and_loads_as_a_stage(
     for name in ("ar_prior/model.safetensors", "training/optimizer.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     assert (tmp_path / "whole" / "samples" / "step-4.png").is_file()
+    told = [json.loads(x) for x in (tmp_path / "whole" / "val.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in told] == [0, 4] and told[1]["loss"] < told[0]["loss"]
+    assert set(told[0]) == {"step", "images", "loss", "right"}
     stored = Source(tmp_path / "whole").stage("ar_prior")
     stage = stored.load(dtype=torch.bfloat16)
     assert isinstance(stage, ArStage) and stage.kind == "ar_prior"

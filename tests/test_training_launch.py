@@ -263,19 +263,6 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
     assert exit.value.code == 2 and "train.out" in shown and place in shown
 
 
-def test_a_broken_tensorboard_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One whose import raised TypeError ended the training with a traceback."""
-    (tmp_path / "tensorboard.py").write_text("raise TypeError('Descriptors')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [n for n in sys.modules if n.split(".")[0] == "tensorboard"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    start(write(tmp_path), "bad_from=99")
-    assert "Descriptors" in capsys.readouterr().err and len(lines(tmp_path / "run")) == 8
-
-
 def test_a_deterministic_run_sets_what_gpus_need_and_is_the_same_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,17 +8,16 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from unclip.training.fit import TrainConfig, build_optimizer
+from unclip.training.optimizer import OptimizerName, build_optimizer
 
 LR, DECAY = 0.01, 0.1
 
 
-def optimizer(model: nn.Module, name: str = "muon") -> torch.optim.Optimizer:
-    values = {"out": "", "steps": 1, "batch": 1, "lr": LR, "save_every": 1, "sample_every": 1}
-    return build_optimizer(model, TrainConfig(**values, weight_decay=DECAY, optimizer=name))
+def optimizer(model: nn.Module, name: OptimizerName = "muon") -> torch.optim.Optimizer:
+    return build_optimizer(model, name, LR, (0.9, 0.999), 1e-8, DECAY)
 
 
-def stepped(model: nn.Module, name: str = "muon", steps: int = 1) -> nn.Module:
+def stepped(model: nn.Module, name: OptimizerName = "muon", steps: int = 1) -> nn.Module:
     """A copy after steps on gradients that depend on the step alone."""
     model = copy.deepcopy(model)
     chosen = optimizer(model, name)

@@ -20,15 +20,7 @@ from unclip.cli.shell import default_model
 
 pytestmark = pytest.mark.web
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from unclip.app.page import launch
-    from unclip.app.studio import Studio
-
-    studio = Studio(tmp_path_factory.mktemp("out"), torch.device("cpu"), torch.float32)
-    return launch(studio, str(default_model()), 7897)
+PATIENCE = 120_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +36,22 @@ def browser() -> Iterator[Any]:
         with_browser.close()
 
 
+@pytest.fixture(scope="module")
+def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from unclip.app.page import launch
+    from unclip.app.studio import Studio
+
+    studio = Studio(tmp_path_factory.mktemp("out"), torch.device("cpu"), torch.float32)
+    return launch(studio, str(default_model()), 7897)
+
+
+def opened(browser: Any, **how: Any) -> Any:
+    """An empty page that is patient with a machine that has other things to do."""
+    page = browser.new_page(**how)
+    page.set_default_timeout(PATIENCE)
+    return page
+
+
 def shoot(page: Any, name: str, tmp_path: Path) -> None:
     """A screenshot, into the docs if that is asked for."""
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
@@ -53,17 +61,17 @@ def shoot(page: Any, name: str, tmp_path: Path) -> None:
 
 def says(page: Any, words: str) -> None:
     pattern = re.compile(words)
-    page.locator("#look", has_text=pattern).wait_for(timeout=60_000)
+    page.locator("#look", has_text=pattern).wait_for()
 
 
 def test_draw_download_vary_and_drop_a_broken_file(url: str, browser: Any, tmp_path: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = opened(browser, viewport={"width": 1280, "height": 900})
     hosts: set[str] = set()
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
     page.goto(url)
     page.get_by_label("Caption").first.fill("a red apple")
     page.get_by_role("button", name="Draw", exact=True).click()
-    page.locator("#look img").wait_for(timeout=60_000)
+    page.locator("#look img").wait_for()
     shoot(page, "app", tmp_path)
     says(page, "Done")
     page.locator("#gallery .thumbnail-item, #gallery .thumbnail-lg").first.click()
@@ -92,7 +100,7 @@ def test_draw_download_vary_and_drop_a_broken_file(url: str, browser: Any, tmp_p
 def test_a_picture_that_is_too_large_is_refused_in_words(
     url: str, browser: Any, tmp_path: Path
 ) -> None:
-    page = browser.new_page()
+    page = opened(browser)
     page.goto(url)
     Image.new("L", (5000, 4000)).save(tmp_path / "huge.png")
     page.get_by_role("tab", name="Upscale").click()
@@ -113,7 +121,7 @@ def test_a_model_without_a_prior_says_what_it_can_do(
             (tmp_path / "half" / stage).symlink_to((shipped / stage).absolute())
     index["stages"].remove("prior")
     (tmp_path / "half" / "unclip.json").write_text(json.dumps(index))
-    page = browser.new_page()
+    page = opened(browser)
     page.goto(url)
     page.get_by_role("button", name="Model and settings").click()
     page.get_by_label("Model", exact=True).fill(str(tmp_path / "half"))
@@ -125,7 +133,7 @@ def test_a_model_without_a_prior_says_what_it_can_do(
 
 
 def test_stop_ends_a_long_call(url: str, browser: Any) -> None:
-    page = browser.new_page()
+    page = opened(browser)
     page.goto(url)
     page.get_by_label("Caption").first.fill("a red apple")
     page.get_by_role("button", name="Model and settings").click()
@@ -138,7 +146,7 @@ def test_stop_ends_a_long_call(url: str, browser: Any) -> None:
 
 
 def test_a_phone_needs_no_sideways_scrolling(url: str, browser: Any) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = opened(browser, viewport={"width": 390, "height": 844}, color_scheme="dark")
     page.goto(url)
     page.get_by_label("Caption").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

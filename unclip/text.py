@@ -1,4 +1,4 @@
-"""Text on its way in and out: arguments and file names that are no UTF-8, consoles that are not.
+"""Text on its way in and out: arguments and names that are no UTF-8, consoles, tables, pages.
 
 Python holds a byte that it can't decode as half a character (a lone surrogate, PEP 383), which no
 encoder takes.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 
 PLAIN = "unclip.plain"  # how consoles treat what they can't show
 
@@ -66,3 +67,36 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
+table {{ border-collapse: collapse; margin: .6em 0 1.6em }}
+th, td {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid #8886 }}
+th:first-child, td:first-child {{ text-align: left }}
+.grid td, .grid th {{ text-align: center; font-size: 12px; padding: 3px }}
+.grid img {{ min-width: 96px; image-rendering: pixelated; display: block; margin: auto }}
+.wide {{ overflow-x: auto }}
+</style>
+{head}
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def html_page(title: str, body: str, head: str = "") -> str:
+    """A page that loads nothing from elsewhere and opens from disk, on light and on dark ground."""
+    return PAGE.format(title=escape(title), body=body, head=head)
+
+
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
+    """A table whose cells are HTML already; one that is too wide is scrolled by itself."""
+    lines = ["".join(f"<th>{x}</th>" for x in head)]
+    lines += ["".join(f"<td>{x}</td>" for x in row) for row in rows]
+    inside = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table class="{kind}">\n{inside}</table></div>'

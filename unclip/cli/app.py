@@ -43,6 +43,7 @@ for verb in (
     models.convert,
     models.push,
     training.train,
+    training.watch,
     training.configs,
     training.new,
     models.measure,

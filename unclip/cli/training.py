@@ -1,9 +1,10 @@
-"""The verbs that work on trainings: train, configs, new, validate, plan."""
+"""The verbs that work on trainings: train, watch, configs, new, validate, plan."""
 
 from __future__ import annotations
 
 import itertools
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,29 @@ def train(arguments: Annotated[list[str] | None, typer.Argument(metavar="STAGE â
     from unclip.train import main
 
     main(arguments or ["--help"])
+
+
+def watch(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNâ€¦", help="Folders of trainings.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("watch.html"),
+    every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw it anew after so many seconds, until all have ended."),
+    ] = None,
+) -> None:
+    """Draw trainings that go on or have ended, as one HTML page: curves, samples through time."""
+    from unclip.files.disk import check_writable, replacing
+    from unclip.training.watch import page
+
+    check_writable(out.parent, "--out")
+    while True:
+        text, going = page(runs, every)
+        with replacing(out) as file:
+            file.write_text(text, encoding="utf-8")
+        print(out, flush=True)
+        if every is None or not going:
+            return
+        time.sleep(every)
 
 
 def configs(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:

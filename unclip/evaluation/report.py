@@ -11,7 +11,7 @@ from PIL import Image
 from unclip.evaluation.drawings import ROWS, Group
 from unclip.evaluation.evaluate import Evaluation
 from unclip.images import to_html
-from unclip.text import markdown_table
+from unclip.text import html_page, html_table, markdown_table
 
 SHOWN = 24  # captions of a group on the page
 Table = tuple[str, str, list[str], list[list[str]]]  # title, what it says, header, rows
@@ -118,23 +118,6 @@ def markdown(found: Sequence[Table]) -> str:
     return "\n\n".join(parts)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: .6em 0 1.6em }}
-th, td {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-.grid td, .grid th {{ text-align: center; font-size: 12px; padding: 3px }}
-.grid img {{ min-width: 96px; image-rendering: pixelated; display: block; margin: auto }}
-.wide {{ overflow-x: auto }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
-
-
 def page(evaluation: Evaluation, title: str) -> str:
     """Tables and grids in one file: pictures are data URIs, nothing is loaded from elsewhere.
 
@@ -144,9 +127,7 @@ def page(evaluation: Evaluation, title: str) -> str:
     for name, about, header, rows in tables(evaluation.scores):
         body.append(f"<h2>{escape(name)}</h2>")
         body.append(f"<p>{_bold(escape(about))}</p>" if about else "")
-        head = "".join(f"<th>{escape(x)}</th>" for x in header)
-        lines = ["".join(f"<td>{escape(x)}</td>" for x in row) for row in rows]
-        body.append(_html_table(head, lines))
+        body.append(html_table(map(escape, header), [map(escape, row) for row in rows]))
     for group in evaluation.groups:
         pictures = evaluation.pictures[group.name]
         if pictures:
@@ -154,13 +135,11 @@ def page(evaluation: Evaluation, title: str) -> str:
             body.append(_grid(group, pictures))
     for span, tiles in evaluation.upscaled.items():
         body.append(f"<h2>Upsampled, {escape(span)} px</h2>")
-        head = "".join(f"<th>{x}</th>" for x in ("bicubic", "upsampler", "real"))
-        lines = [
-            "".join(f"<td>{to_html(x, span)}</td>" for x in tiles[k : k + 3])
-            for k in range(0, len(tiles), 3)
-        ]
-        body.append(_html_table(head, lines, "grid"))
-    return PAGE.format(title=escape(title), body="\n".join(body))
+        head = ("bicubic", "upsampler", "real")
+        cells = [to_html(tile, span) for tile in tiles]
+        lines = [cells[k : k + 3] for k in range(0, len(cells), 3)]
+        body.append(html_table(head, lines, "grid"))
+    return html_page(title, "\n".join(body))
 
 
 def _grid(group: Group, pictures: Mapping[str, Sequence[Image.Image]]) -> str:
@@ -172,18 +151,11 @@ def _grid(group: Group, pictures: Mapping[str, Sequence[Image.Image]]) -> str:
     else:
         columns = {ROWS[row]: list(images) for row, images in pictures.items()}
         captions = list(group.captions)
-    head = "<th></th>" + "".join(f"<th>{escape(x)}</th>" for x in columns)
     lines = [
-        f"<td>{escape(caption)}</td>"
-        + "".join(f"<td>{to_html(images[k], caption)}</td>" for images in columns.values())
+        [escape(caption), *(to_html(images[k], caption) for images in columns.values())]
         for k, caption in enumerate(captions[:SHOWN])
     ]
-    return _html_table(head, lines, "grid")
-
-
-def _html_table(head: str, lines: Sequence[str], kind: str = "") -> str:
-    rows = "".join(f"<tr>{line}</tr>\n" for line in [head, *lines])
-    return f'<div class="wide"><table class="{kind}">\n{rows}</table></div>'
+    return html_table(["", *map(escape, columns)], lines, "grid")
 
 
 def _bold(text: str) -> str:

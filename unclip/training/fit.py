@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -18,10 +17,9 @@ from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from unclip.config import Config, Place
-from unclip.errors import ConfigError, DivergedError
+from unclip.config import Config, Place, flat
+from unclip.errors import DivergedError
 from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -32,9 +30,10 @@ from unclip.training.checkpoint import (
     save_checkpoint,
 )
 from unclip.training.ema import EMA
-from unclip.training.log import RunLog
-from unclip.training.muon import MuonAdamW
+from unclip.training.log import RunLog, add_up
+from unclip.training.optimizer import OptimizerName, build_optimizer
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
+from unclip.training.trackers import TrackerName
 
 # How many steps may be skipped in a row, and among how many of the last steps as many may be.
 MAX_SKIPPED, WINDOW = 10, 1000
@@ -56,7 +55,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     clip_grad: float | None = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -67,6 +66,7 @@ class TrainConfig(Config):
     precision: Precision = "fp32"
     compile: bool = False
     deterministic: bool = False
+    tracker: TrackerName = "none"
     init: Place | None = None
 
     @model_validator(mode="after")
@@ -120,43 +120,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay acts on matrices and kernels, not on gains and biases.
-
-    `adamw8bit` keeps its moments in a byte each (Dettmers et al. 2021), those of small tensors
-    excepted. `muon` is AdamW for gains and biases only (see `MuonAdamW`).
-
-    **Raises**: `ConfigError` if the first is asked for without bitsandbytes, or either of a sharded
-    model.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
-    if any(isinstance(p, DTensor) for p in params):
-        raise ConfigError(f"train.optimizer = {config.optimizer} can't be shared out; use adamw")
-    if config.optimizer == "muon":
-        matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-        return MuonAdamW(matrices, rest, config.lr, config.betas, config.eps, config.weight_decay)
-    # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "train.optimizer = adamw8bit needs bitsandbytes: pip install 'unclip[8bit]'"
-        ) from None
-    except Exception as error:  # an installation that is broken
-        raise ConfigError(f"train.optimizer = adamw8bit: bitsandbytes fails: {error}") from None
-    for p in params:
-        p.data = p.data.contiguous()  # it does so itself, but at the first step
-    return AdamW8bit(groups, config.lr, config.betas, config.eps)
-
-
 def fit(
     task: Task,
     batches: Callable[[int], Iterator[Batch]],
@@ -164,12 +127,15 @@ def fit(
     resolved: Config,
     accelerator: Accelerator,
     begin: Callable[[], None] | None = None,
+    held_out: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> Path:
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
     `batches(step)` gives this process's micro-batches from that step on, `config.accumulate` for
     each step, without end. `begin` prepares the model of a run that starts from nothing, where it
     will train; the first process does that, and wrapping the model gives all of them what is there.
+    `held_out` says what the averaged model makes of data that it is not trained on, beside each
+    preview and as that on every process.
     SIGTERM, SIGUSR1 or SIGINT saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
@@ -190,13 +156,20 @@ def fit(
         spread = accelerator.num_processes > 1 and sharding.asked()
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
-        state = TrainState(
-            task.trained, build_optimizer(task.model, config), EMA(task.product, config.ema)
+        optimizer = build_optimizer(
+            task.model, config.optimizer, config.lr, config.betas, config.eps, config.weight_decay
         )
+        state = TrainState(task.trained, optimizer, EMA(task.product, config.ema))
         if newest is not None:
             load_checkpoint(newest, task, state)
         log = RunLog(
-            run, start=state.step, steps=config.steps, batch=config.batch, accelerator=accelerator
+            run,
+            start=state.step,
+            steps=config.steps,
+            batch=config.batch,
+            accelerator=accelerator,
+            tracker=config.tracker,
+            settings=flat(resolved.model_dump(mode="json")),
         )
         if newest is not None:
             log.say(f"resumed from {newest}")
@@ -204,7 +177,7 @@ def fit(
             log.say(f"train.precision = auto is {log.precision} on this machine")
         if spread:
             log.say(sharding.told(accelerator.num_processes))
-        trainer = _Trainer(task, wrapped, config, state, log, accelerator)
+        trainer = _Trainer(task, wrapped, config, state, log, accelerator, held_out)
         try:
             with stop_signal() as stopped:
                 trainer.train(batches, stopped)
@@ -228,6 +201,7 @@ class _Trainer:
     state: TrainState
     log: RunLog
     accelerator: Accelerator
+    held_out: Callable[[nn.Module], dict[str, float]] | None
     saved: Path | None = None
 
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
@@ -274,11 +248,7 @@ class _Trainer:
             with self.accelerator.no_sync(self.wrapped) if more else nullcontext():
                 losses = self.task.loss(self.wrapped, batch, step)
                 self.accelerator.backward(losses["loss"].mean() / config.accumulate)
-            for name, value in losses.items():
-                value = value.detach().float()
-                applies = ~value.isnan() | (name == "loss")
-                total = torch.where(applies, value, 0).sum()
-                sums[name] = sums.get(name, 0) + torch.stack([total, applies.sum()])
+            add_up(sums, losses)
         return sums, wait
 
     def _update(self, loss: Tensor, lr: float, stop: bool) -> tuple[Tensor, bool, bool]:
@@ -341,9 +311,12 @@ class _Trainer:
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.task.model) as averaged:
             image = self.task.preview(averaged)
+            scores = {} if self.held_out is None else self.held_out(averaged)
+        self.log.write_held_out(self.state.step, scores)
         if image is None or not self.accelerator.is_main_process:
             return None
         path = Path(self.config.out) / "samples" / f"step-{self.state.step}.png"
         path.parent.mkdir(exist_ok=True)
         image.save(path)
+        self.log.show(path, self.state.step)
         return path

@@ -26,6 +26,7 @@ from unclip.precision import (
 )
 from unclip.training import sharding
 from unclip.training.fit import TrainConfig
+from unclip.training.trackers import check_tracker
 
 C = TypeVar("C", bound=Config)
 
@@ -70,6 +71,7 @@ def main(
         train = config.train  # type: ignore[attr-defined]
         check_writable(Path(train.out), "train.out")
         check_launcher(train)
+        check_tracker(train.tracker)
         if train.deterministic:
             compute_deterministically()
         accelerator = start_accelerator(train.precision)

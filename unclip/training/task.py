@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +37,10 @@ from unclip.stages.kinds import kind_of
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage
 from unclip.training.fit import Task, fit
+from unclip.training.log import add_up, means_of
 
 PREVIEWS = 8
+HELD_OUT = 128  # samples of the validation set whose loss is logged, or a batch if that is more
 # What may differ between weights and the run that starts from them.
 FREE = {
     "dropout",
@@ -105,12 +109,17 @@ class Shown:
         self.data, self.train = data, train
         self._kept: list[Sample] = []
 
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The set that they are of."""
+        if self.data.val is None and self.train is not None:
+            return self.train
+        return self.data.open(self.data.val or self.data.train)
+
     def first(self, count: int) -> tuple[Tensor, list[str]]:
         """**Shapes**: → (n, 3, H, W) in [-1, 1] and n captions, n at most `count`."""
         if not self._kept:
-            spec = self.data.val or self.data.train
-            use = None if self.data.val else self.train
-            dataset = self.data.open(spec) if use is None else use
+            dataset = self.dataset
             self._kept = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
         shown = self._kept[:count]
         return torch.stack([s.image for s in shown]), [s.caption for s in shown]
@@ -189,9 +198,12 @@ def train(
     made: Callable[[Batch], Batch] | None = None,
     begin: Callable[[], None] | None = None,
 ) -> Path:
-    """`fit` on this process's part of a dataset, `made` as in `batches`."""
+    """`fit` on this process's part of a dataset, `made` as in `batches`.
 
-    def stream(step: int) -> Iterator[Batch]:
+    Of a stage with `data.val` the log says what that costs: always the same samples and noise.
+    """
+
+    def stream(step: int, dataset: Dataset = dataset) -> Iterator[Batch]:
         return batches(
             dataset,
             batch=run.train.batch,
@@ -206,7 +218,16 @@ def train(
             pin=accelerator.device.type == "cuda",
         )
 
-    return fit(task, stream, run.train, run, accelerator, begin)
+    def held_out(model: nn.Module) -> dict[str, float]:
+        assert isinstance(task, StageTask)
+        sums: dict[str, Tensor] = {}
+        count = run.train.accumulate * max(1, HELD_OUT // run.train.batch)
+        for batch in itertools.islice(stream(0, task.shown.dataset), count):
+            add_up(sums, task.loss(model, batch.to(accelerator.device), 0))
+        return means_of(sums, accelerator)
+
+    measured = isinstance(task, StageTask) and run.data.val is not None
+    return fit(task, stream, run.train, run, accelerator, begin, held_out if measured else None)
 
 
 @dataclass(frozen=True)
