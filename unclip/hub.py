@@ -11,7 +11,7 @@ import yaml
 
 from unclip.config import read_yaml
 from unclip.errors import CheckpointError, ConfigError
-from unclip.files.find import hub_errors_explained, resolve_folder
+from unclip.files.find import HUB_ERRORS, resolve_folder, why
 from unclip.files.folder import CONFIG, INDEX, WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config
 from unclip.shipped import located
 from unclip.sources import Source
@@ -59,7 +59,7 @@ def push(
     sent: dict[str, Any] = {CARD: text}
     sent |= {file.relative_to(root).as_posix(): file for file in files if file.is_file()}
     api = HfApi(token=token, library_name="unclip")
-    with hub_errors_explained(ConfigError, f"{repo}: nothing was sent"):
+    try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -69,6 +69,8 @@ def push(
             commit_message=f"{', '.join(stages)}, by unclip",
             revision=revision,
         )
+    except HUB_ERRORS as error:
+        raise ConfigError(f"{repo}: nothing was sent ({why(error)})") from None
     return str(done.commit_url)
 
 

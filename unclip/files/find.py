@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from unclip.errors import CheckpointError, UnclipError
+from unclip.errors import CheckpointError
 from unclip.files.checkpoints import MANIFEST, check_manifest, newest_checkpoint
 from unclip.files.diffusers import PIPELINE
 from unclip.files.folder import INDEX
 from unclip.shipped import located
+
+HUB_ERRORS = (OSError, ValueError, RuntimeError)  # of huggingface_hub and what is below it
 
 
 def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -56,30 +56,26 @@ def _download(name: str, allow_pickle: bool) -> Path:
 
     repo, _, revision = name.partition("@")
     wanted = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
-    what = f"no model at {name}: there is no such folder, and the hub gave none"
-    with hub_errors_explained(CheckpointError, what):
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
-    return Path(found)
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"no model at {name}: there is no such folder, and the hub gave none ({why(error)})"
+        ) from None
 
 
-@contextmanager
-def hub_errors_explained(kind: type[UnclipError], what: str) -> Iterator[None]:
-    """**Raises**: `kind` saying what went wrong, and why."""
+def why(error: Exception) -> str:
+    """Why a hub gave or took nothing, and what to do."""
     from huggingface_hub import constants, errors
 
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set, and the cache has not all of it"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            reason = "it has no such revision"
-        elif status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
-            reason = (
-                "there is none of that name that you may use; what is private, and writing, needs "
-                "HF_TOKEN or `hf auth login`"
-            )
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise kind(f"{what} ({reason})") from None
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and the cache has not all of it"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision"
+    if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "there is none of that name that you may use; what is private, and writing, needs "
+            "HF_TOKEN or `hf auth login`"
+        )
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
