@@ -11,7 +11,7 @@ from unclip.files.diffusers import PIPELINE
 from unclip.files.folder import INDEX
 from unclip.shipped import located
 
-HUB_ERRORS = (OSError, ValueError, RuntimeError)  # of huggingface_hub and what it stands on
+HUB_ERRORS = (OSError, ValueError, RuntimeError)  # of huggingface_hub and what is below it
 
 
 def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
@@ -57,24 +57,22 @@ def _download(name: str, allow_pickle: bool) -> Path:
     repo, _, revision = name.partition("@")
     wanted = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
     try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"no model at {name}: there is no such folder, and the hub gave none "
-            f"({hub_reason(error)})"
+            f"no model at {name}: there is no such folder, and the hub gave none ({why(error)})"
         ) from None
-    return Path(found)
 
 
-def hub_reason(error: Exception) -> str:
-    """Why the hub gave or took nothing, for people."""
+def why(error: Exception) -> str:
+    """Why a hub gave or took nothing, and what to do."""
     from huggingface_hub import constants, errors
 
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and the cache has not all of it"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision"
-    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
         return (
             "there is none of that name that you may use; what is private, and writing, needs "
