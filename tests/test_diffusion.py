@@ -340,6 +340,29 @@ def test_a_dynamic_threshold_scales_each_sample_by_its_own_values():
         SamplingConfig(steps=2, clip=None, threshold=0.9)
 
 
+class Half(Told):
+    def __call__(self, x_t, t, cond):
+        return super().__call__(x_t, t, cond) / 2
+
+
+def test_a_guide_is_led_away_from_as_far_as_it_falls_short():
+    cond, x_t = told(0.5, 0.25), torch.randn(2, 3, 4, 4)
+
+    def guess(scale, guide, negative=None):
+        config = SamplingConfig(steps=2, guidance=scale, clip=None)
+        given = {"guide": guide, "negative": negative}
+        return guided(gaussian("x0"), Told(), cond, config, **given)(x_t, 500)[0].mean((1, 2, 3))
+
+    alone = torch.tensor([0.5, 0.25])
+    assert_close(guess(3.0, Half()), alone / 2 + 3 * (alone - alone / 2))
+    assert_close(guess(3.0, Told()), alone)  # a guide as good as the model
+    unused = Half()
+    assert_close(guess(1.0, unused), alone)
+    assert not unused.asked
+    away = told(0.25, 0.5)
+    assert_close(guess(3.0, Half(), away), 3 * alone - 2 * torch.tensor([0.125, 0.25]))
+
+
 def test_guidance_leads_away_from_a_negative_condition():
     config = SamplingConfig(steps=3, guidance=4.0, clip=None)
     made = sample(

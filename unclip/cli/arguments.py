@@ -39,6 +39,14 @@ TextGuidance = Annotated[
     float | None,
     typer.Option(help="The decoder's guidance by the caption; --guidance is the embedding's then."),
 ]
+Guide = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A worse model, as an earlier checkpoint: guidance leads away from its prior and "
+        "decoder, not from an absent condition.",
+    ),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Scale the decoder's x_0 so that this share stays in range, as 0.99."),
@@ -91,6 +99,7 @@ class Asked:
     interval: Interval = None
     text_guidance: TextGuidance = None
     threshold: Threshold = None
+    guide: Guide = None
     tile: Tile = None
     out: Out = Path("out")
     form: Format = None

@@ -75,6 +75,10 @@ class Making:
             named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
+        if asked.guide is not None:
+            guide = Source(asked.guide)
+            self.pipe = self.pipe.guided_by(guide)
+            self.about["guide"] = guide.hash
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class Guided:
     first and last guided timestep, that is; outside the last condition stands alone (Kynkäänniemi
     et al. 2024).
 
+    `guide` is a worse network of the same kind, whose guess under the first condition stands in the
+    place of the model's (autoguidance, Karras et al. 2024): what it lacks is what is gone towards.
+
     `extrapolation` is an upsampler's guidance: without a condition its guess is the resized
     picture, from which x_0 goes so many times as far as predicted, at no cost. `threshold` bounds
     x_0. `last` is a network that takes the model's place at one timestep (Karlo's final step).
@@ -60,6 +63,7 @@ class Guided:
         scales: Sequence[float] = (),
         *,
         interval: tuple[int, int] | None = None,
+        guide: Denoiser | None = None,
         extrapolation: float = 1.0,
         threshold: Callable[[Tensor], Tensor] | None = None,
         last: tuple[Denoiser, int] | None = None,
@@ -70,7 +74,9 @@ class Guided:
         self.interval = interval
         self.extrapolation, self.low_res = extrapolation, conds[-1].low_res
         self.threshold = threshold
-        together = Cond.cat(conds) if scales else conds[-1]
+        self._guide = None if guide is None or not scales else (guide, guide.prepare(conds[0]))
+        asked = conds if self._guide is None else conds[1:]
+        together = Cond.cat(asked) if len(asked) > 1 else asked[0]
         self._model = model, model.prepare(together)
         self._alone = model.prepare(conds[-1]) if scales and interval is not None else None
         self._last_at = None if last is None else last[1]
@@ -82,15 +88,15 @@ class Guided:
         **Shapes**: x_t (B, *) → (B, *), float32.
         """
         model, ready = self._model if self._last is None or t != self._last_at else self._last
-        scales = self.scales
+        scales, guide = self.scales, self._guide
         if self.interval is not None and not self.interval[0] <= t <= self.interval[1]:
-            scales, ready = (), self._alone or ready
-        times, rows = torch.full((len(x_t),), t, device=x_t.device), len(scales) + 1
-        x_in, t_in = (
-            (torch.cat([x_t] * rows), torch.cat([times] * rows)) if scales else (x_t, times)
-        )
-        prediction, variance = self.diffusion.split(model(x_in.to(self.dtype), t_in, ready).float())
+            scales, guide, ready = (), None, self._alone or ready
+        times = torch.full((len(x_t),), t, device=x_t.device)
+        rows = len(scales) + (guide is None)
+        prediction, variance = self._ask(model, ready, x_t, times, rows)
         parts = prediction.chunk(rows)
+        if guide is not None:
+            parts = (self._ask(*guide, x_t, times, 1)[0], *parts)
         guided = parts[0]
         for scale, (less, more) in zip(scales, pairwise(parts), strict=True):
             guided = guided + scale * (more - less)
@@ -100,3 +106,11 @@ class Guided:
         if self.threshold is not None:
             x0 = self.threshold(x0)
         return x0, None if variance is None else variance.chunk(rows)[-1]
+
+    def _ask(
+        self, model: Denoiser, ready: Cond, x_t: Tensor, times: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The prediction and the variance channels under so many conditions at once."""
+        if rows > 1:
+            x_t, times = torch.cat([x_t] * rows), torch.cat([times] * rows)
+        return self.diffusion.split(model(x_t.to(self.dtype), times, ready).float())

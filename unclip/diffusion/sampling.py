@@ -67,12 +67,14 @@ def guided(
     *,
     null_text: TextEncoding | None = None,
     negative: Cond | None = None,
+    guide: Denoiser | None = None,
     last: Denoiser | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Guided:
     """A network's guesses as a stage's sampling settings want them.
 
-    Guidance leads away from `negative` or, without one, from no condition at all. `last` takes the
+    Guidance leads away from `negative` or, without one, from no condition at all; with a `guide`
+    from what that network makes of the same condition, or of `negative`. `last` takes the
     network's place in the final step. **Shapes**: cond and negative have B rows, null_text one,
     needed for guidance with text.
     """
@@ -80,7 +82,8 @@ def guided(
     if cond.low_res is not None:
         extrapolation = config.guidance
     elif config.guidance != 1 or config.text_guidance not in (None, 1):
-        away = cond.null(null_text) if negative is None else negative
+        away = cond.null(null_text) if guide is None else cond
+        away = away if negative is None else negative
         conds, scales = [away, cond], [config.guidance]
         if config.text_guidance is not None:
             conds.insert(1, replace(cond, text=away.text))  # the embedding without the caption
@@ -98,6 +101,7 @@ def guided(
         conds,
         scales,
         interval=interval,
+        guide=guide,
         extrapolation=extrapolation,
         threshold=_bound(config),
         last=final,
