@@ -41,7 +41,9 @@ class DecoderConfig(Config):
     `text_transformer` is trained on top of the frozen text states (the paper's text encoder).
     `layout` draws a small picture from the embedding in one go, which the U-Net sees and which
     stands for its result where there is nothing but noise (target x0 only): where things are is
-    what small networks learn last, and alone it is learned in minutes."""
+    what small networks learn last, and alone it is learned in minutes. With `inpaint` the U-Net
+    also sees what is known of the picture, in four channels (GLIDE's inpainting, Nichol et al.
+    2022)."""
 
     resolution: int = Field(gt=0)
     embed: int = Field(gt=0)
@@ -53,6 +55,7 @@ class DecoderConfig(Config):
     learned_variance: bool
     scale: ScaleConfig
     layout: LayoutConfig | None = None
+    inpaint: bool = False
     unet: UNetConfig
 
     @model_validator(mode="after")
@@ -99,7 +102,7 @@ class Decoder(nn.Module):
         self.layout = None
         if config.layout is not None:
             self.layout = Draft(config.layout, config.embed, 3 * config.layout.side**2, emb)
-        in_channels = 3 if config.layout is None else 6
+        in_channels = 3 + 3 * (config.layout is not None) + 4 * config.inpaint
         out_channels = 6 if config.learned_variance else 3
         self.unet = UNet(config.unet, in_channels, out_channels, width)
 
@@ -151,11 +154,16 @@ class Decoder(nn.Module):
         cache = self.prepare(cond).cache
         time = self.time(t)
         emb = time + cache.emb  # (B, E)
-        if self.layout is None:
-            return self.unet(x_t.to(emb.dtype), emb, cache.context).to(x_t.dtype)
-        layout = cache.layout.to(x_t.dtype)
-        x = torch.cat([x_t, layout], dim=1)  # (B, 6, H, W)
+        seen = [x_t]
+        if self.layout is not None:
+            seen.append(layout := cache.layout.to(x_t.dtype))
+        if self.config.inpaint:
+            nothing = x_t.new_zeros(len(x_t), 4, *x_t.shape[2:])
+            seen.append(nothing if cond.known is None else cond.known.to(x_t.dtype))
+        x = torch.cat(seen, dim=1)  # (B, 3, 6, 7 or 10, H, W)
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+        if self.layout is None:
+            return out
         share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
         return out + share * (layout - out)
 

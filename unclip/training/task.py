@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
@@ -45,7 +47,9 @@ FREE = {
     "weight",
     "bias",
     "time_power",
+    "inpaint",
 }
+FIRST = "unet.conv_in.weight"
 
 
 class DropConfig(Config):
@@ -229,7 +233,8 @@ def start_from(stage: Stage, path: str | Path) -> None:
     """Take over the weights of the same stage in a folder, a run or a hub id, or of its only kin.
 
     Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
-    Karlo's layout are read as they are.
+    Karlo's layout are read as they are. Channels that an inpainting decoder sees and the other
+    doesn't begin at zero, as no change (GLIDE).
 
     **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
     was trained with another encoder.
@@ -245,7 +250,12 @@ def start_from(stage: Stage, path: str | Path) -> None:
         trained = None if clip is None else clip.fingerprint
     if stage.encoder is not None and trained is not None:
         check_same_encoder(stage.encoder, trained, stored.where)
-    load_tensors(stage.network, stored.tensors, stored.where)
+    tensors = stored.tensors
+    if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
+        narrow = tensors[FIRST]
+        lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
+        tensors = ChainMap({FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}, tensors)
+    load_tensors(stage.network, tensors, stored.where)
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
