@@ -20,6 +20,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import fit_square, psnr, to_tensor
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
+from unclip.models.decoder import Decoder
 from unclip.models.layers import DraftConfig
 from unclip.models.prior import DiffusionPrior
 from unclip.models.transformer import TransformerConfig
@@ -183,6 +184,21 @@ def test_what_the_mask_does_not_show_is_kept_to_the_bit(either, size, shape):
     expected = np.asarray(fit_square(image, size))
     assert kept.any() and (np.asarray(a)[kept] == expected[kept]).all()
     assert distance(a, b) > 0.01 and (np.asarray(a)[~kept] != expected[~kept]).any()
+
+
+def test_a_decoder_that_inpaints_draws_what_goes_with_what_it_is_shown():
+    pipe = tiny_pipeline()
+    config = pipe.decoder.config.model_copy(update={"inpaint": True})
+    pipe.decoder = stage("decoder", Decoder(config), pipe.clip, guidance=2.0)
+    how = {"prompt": APPLE, "size": 16, "steps": 3}
+    red, blue = (pipe.inpaint(picture(c), half_mask(), **how)[0] for c in ("red", "blue"))
+    for made, colour in ((red, "red"), (blue, "blue")):
+        kept = fit_square(picture(colour), 16).crop((8, 0, 16, 16))
+        same(made.crop((8, 0, 16, 16)), kept)
+    assert distance(red.crop((0, 0, 8, 16)), blue.crop((0, 0, 8, 16))) > 0.005
+    white = np.full((40, 40), True)
+    drawn = pipe.inpaint(picture(), white, **how)[0]
+    same(drawn, pipe.text_to_image(APPLE, size=16, steps=3, sampler="ddim")[0])
 
 
 def test_resampling_turns_keep_it_as_well_and_need_a_sampler_of_one_step(pipe):

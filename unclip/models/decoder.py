@@ -76,11 +76,13 @@ class DecoderConfig(Config):
 
 class DecoderCache(NamedTuple):
     """What does not depend on t: the embeddings' share of the time embedding (B, E); context; the
-    layout at the picture's size (B, 3, H, W), if there is one."""
+    layout at the picture's size (B, 3, H, W), if there is one; what is known of the picture
+    (B, 4, H, W), for a decoder that is shown it."""
 
     emb: Tensor
     context: Context
     layout: Tensor | None
+    known: Tensor | None
 
 
 class Decoder(nn.Module):
@@ -128,7 +130,11 @@ class Decoder(nn.Module):
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
         context, layout = self.unet.context_kv(tokens, mask), self._layout(z_image)
-        return replace(cond, cache=DecoderCache(emb, context, layout))
+        known, side = cond.known, self.config.resolution
+        if self.config.inpaint and known is None:
+            known = z_image.new_zeros(len(z_image), 4, side, side)
+        known = known if self.config.inpaint else None
+        return replace(cond, cache=DecoderCache(emb, context, layout, known))
 
     def _layout(self, z_image: Tensor) -> Tensor | None:
         """The small picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
@@ -154,16 +160,12 @@ class Decoder(nn.Module):
         cache = self.prepare(cond).cache
         time = self.time(t)
         emb = time + cache.emb  # (B, E)
-        seen = [x_t]
-        if self.layout is not None:
-            seen.append(layout := cache.layout.to(x_t.dtype))
-        if self.config.inpaint:
-            nothing = x_t.new_zeros(len(x_t), 4, *x_t.shape[2:])
-            seen.append(nothing if cond.known is None else cond.known.to(x_t.dtype))
+        seen = [part.to(x_t.dtype) for part in (x_t, cache.layout, cache.known) if part is not None]
         x = torch.cat(seen, dim=1)  # (B, 3, 6, 7 or 10, H, W)
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
         if self.layout is None:
             return out
+        layout = cache.layout.to(x_t.dtype)
         share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
         return out + share * (layout - out)
 

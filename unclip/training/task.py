@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,7 +253,7 @@ def start_from(stage: Stage, path: str | Path) -> None:
     if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
         narrow = tensors[FIRST]
         lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
-        tensors = ChainMap({FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}, tensors)
+        tensors = {**tensors, FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}
     load_tensors(stage.network, tensors, stored.where)
 
 
