@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import typer
 from unclip.cli.arguments import (
     Device,
     Guidance,
+    Guide,
     ModelArgument,
     Precision,
     Prior,
@@ -85,7 +86,7 @@ class Measuring:
         }
         options |= {"prior_candidates": self.prior_candidates}
         options |= {} if prior is None else {"prior": prior}
-        asked = {"features": tuple(self.features)} if self.features else {}
+        asked: dict[str, Any] = {"features": tuple(self.features)} if self.features else {}
         return Request(
             self.data,
             self.held_out,
@@ -144,12 +145,15 @@ def evaluate(
 
 def experiment(
     name: Annotated[
-        Literal["priors", "samplers", "reranking", "pca", "binding", "typography", "linear"],
+        Literal[
+            "priors", "guidance", "samplers", "reranking", "pca", "binding", "typography", "linear"
+        ],
         typer.Argument(help="See docs/evaluation.md."),
     ],
     model: ModelArgument = None,
     *,
     measuring: Measuring,
+    guide: Guide = None,
 ) -> None:
     """Make one of the paper's experiments with a model: a table, and a figure of it.
 
@@ -158,8 +162,12 @@ def experiment(
     source = measuring.source(model)
 
     from unclip.evaluation.experiments import EXPERIMENTS
+    from unclip.sources import Source
 
     request, weights, out = measuring.request(), source.hash, measuring.out
+    if guide is not None:
+        weights += Source(guide).hash
+        request = replace(request, guide=str(guide))
     pipe = measuring.load(source)
     with _as_they_are():
         found = EXPERIMENTS[name](pipe, weights, request, out / "pictures")
