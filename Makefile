@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 PROMPT ?= a red apple
 MODEL ?= weights/emoji
 
-.PHONY: sample test test-avx2 test-slow lint learn paper clean
+.PHONY: sample test test-avx2 test-slow test-web lint learn paper clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,12 @@ test-avx2: $(BIN)/.ready
 
 test-slow: $(BIN)/.ready
 	$(BIN)/python -m pytest -m slow
+
+# The web page in a real Chromium (`apt-get install chromium`, or any Chrome); without one it is
+# skipped. With SCREENSHOTS=docs the pictures of the docs are made anew.
+test-web: $(BIN)/.ready
+	$(BIN)/pip install --quiet "playwright>=1.50"
+	$(BIN)/python -m pytest -n 0 -rs -m web tests/test_web.py
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sources", "options", "reader", "drawing"),
     ("edit",),
     ("pipeline", "training"),
-    ("assemble", "evaluation"),
-    ("cli", "train"),
+    ("assemble", "evaluation", "doctor"),
+    ("cli", "app", "train"),
 )
 # Within a floor, and where a floor would allow it: what must not know of what.
 STRANGERS = (

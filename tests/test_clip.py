@@ -197,6 +197,11 @@ def test_one_tower_in_two_formats_is_one_encoder(
     assert torch.equal(a.mask, b.mask)
     torch.testing.assert_close(a.tokens[a.mask], b.tokens[b.mask], **EXACT)
     torch.testing.assert_close(a.embed, b.embed, **EXACT)
+    # A patch's features lie where the patch does.
+    for seen in (theirs.features(pictures()), ours.features(pictures())):
+        assert {x.shape[2:] for x in seen} == {(4, 4)}
+    for x, y in zip(theirs.features(pictures()), ours.features(pictures()), strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
 
 
 def test_stage_of_a_transformers_encoder_loads_equal(theirs: FrozenCLIP, tmp_path: Path) -> None:

@@ -492,7 +492,7 @@ def damaged(root: Path, name: str) -> None:
         ("fewer captions", "img_emb_00001.npy has 324 embeddings but 323 captions"),
         ("no columns", "has the columns a; expected one of key"),
         ("not parquet", "metadata_00001.parquet is not a whole parquet file"),
-        ("incomplete", "is not complete; run train/embed.py again"),
+        ("incomplete", "is not complete; run `unclip train embed` again"),
     ],
 )
 def test_damaged_caches_are_named(root: Path, tmp_path: Path, name: str, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from unclip.errors import ConfigError
 from unclip.evaluation import features
 from unclip.evaluation.features import FeatureNetwork, Remembered, open_features
 from unclip.evaluation.subjects import Wording
+from unclip.models.decoder import Decoder, LayoutConfig
 from unclip.pipeline import UnCLIP
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,19 @@ def test_every_stage_is_measured_in_every_group(run, pictures, outsider, tmp_pat
     for verb in ("text_to_image", "image_from_embedding", "upscale"):
         monkeypatch.setattr(UnCLIP, verb, None)
     assert run(*pictures, "--upscaled", 2, "--judge", outsider)[1] == scores
+
+
+def test_a_decoders_layout_is_measured(run, pictures, model_folder, tmp_path):
+    pipe = UnCLIP.from_pretrained(model_folder)
+    assert pipe.decoder is not None
+    config = pipe.decoder.network.config
+    network = Decoder(config.model_copy(update={"layout": LayoutConfig(side=8, width=8)}))
+    pipe.decoder = replace(pipe.decoder, network=network.eval())
+    pipe.save_pretrained(tmp_path / "model")
+    code, scores, error = run(*pictures, "--upscaled", 0, model=tmp_path / "model")
+    assert code == 0, error
+    (table,) = scores["tables"].values()
+    assert "layout" in table["trained"] and "layout" in table["held out"]
 
 
 def test_pictures_do_not_depend_on_how_the_work_is_divided(run, pictures, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from test_clip_aids import sentences  # noqa: F401  (a fixture)
 
 from unclip.cli import evaluation
 from unclip.config import load_config, read_yaml
-from unclip.errors import ConfigError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.evaluation.experiments import EXPERIMENTS
 from unclip.shipped import configurations, located
+from unclip.sources import Source
 from unclip.train import STAGES
 from unclip.training import new
 from unclip.training.trainers import TRAINERS, trained_by
@@ -57,11 +59,25 @@ def test_configurations_are_named_wherever_we_are(
 def test_configurations_show_by_their_keys_which_training_they_are_of() -> None:
     for name, path in configurations().items():
         if not name.startswith("accelerate/"):
-            stem = path.stem.removesuffix("_next").replace("judge", "clip")
+            stem = path.stem.replace("judge", "clip")
             wanted = "upsampler" if stem.startswith("upsampler") else stem
             assert trained_by(name) == wanted
     with pytest.raises(ConfigError, match="no configuration of a training"):
         trained_by("accelerate/ddp_8")
+
+
+def test_the_command_at_a_configurations_head_trains_it() -> None:
+    for name, path in configurations().items():
+        if not name.startswith("accelerate/"):
+            said = re.search(
+                r"^# Command:  unclip train (\S+) (\S+)((?:[ \\#\n]+[a-z.]+=[^ \n,]+)*)",
+                path.read_text(encoding="utf-8"),
+                re.MULTILINE,
+            )
+            assert said is not None, name
+            stage = said[1].replace("-", "_")
+            assert (said[2], stage) == (name, trained_by(name))
+            load_config(name, re.findall(r"[a-z.]+=\S+", said[3]), TRAINERS[stage].schema)
 
 
 def test_the_shell_knows_every_training_and_experiment_by_name() -> None:
@@ -75,11 +91,10 @@ def test_the_shell_knows_every_training_and_experiment_by_name() -> None:
 def test_new_writes_a_stack_whose_stages_fit_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: new.Machine
 ) -> None:
-    monkeypatch.setattr(new, "_head", lambda *_: "# as planned\n")  # seconds for each stage
+    monkeypatch.setattr(new, "_head", lambda *_: ("# as planned\n", ""))  # seconds for each
     monkeypatch.chdir(tmp_path)
-    commands = new.new(Path("mine"), "shapes:val", machine)
     runs = {}
-    for file, command in commands.items():
+    for file, command, _ in new.new(Path("mine"), "shapes:val", machine):
         name = trained_by(file)
         runs[file.stem] = run = load_config(file, [], TRAINERS[name].schema)
         assert command.endswith(f"{name} {file}") and file.read_text().startswith("# as planned")
@@ -96,7 +111,32 @@ def test_new_writes_a_stack_whose_stages_fit_together(
     assert decoder.train.accumulate == (4 if machine == "gpu24" else 1)
     assert runs["upsampler_256"].model.low == decoder.model.resolution
     with pytest.raises(ConfigError, match="there already"):
-        new.new(Path("mine"), "shapes:val", machine)
+        list(new.new(Path("mine"), "shapes:val", machine))
+
+
+def test_new_goes_on_from_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    """From twenty pictures alone nothing comes; a trained model learns their style in minutes."""
+    monkeypatch.setattr(new, "_head", lambda *_: ("# as planned\n", "about 0.1 hours"))
+    monkeypatch.chdir(tmp_path)
+    start = str(model_folder)
+    written = list(new.new(Path("mine"), "shapes:val", "cpu", start))
+    assert [one.file.name for one in written] == ["prior.yaml", "decoder.yaml"]
+    for one in written:
+        run = load_config(one.file, [], TRAINERS[one.file.stem].schema)
+        stage = Source(start).stages[one.file.stem].stage
+        assert (run.model, run.diffusion) == (stage.config, stage.diffusion.config)
+        assert run.sampling == stage.sampling
+        assert run.clip == run.train.init == start and run.train.sample_every == 50
+    command = new.assembling(Path("mine"), written, start)
+    assert command == (
+        f"unclip assemble --clip {start} --prior mine/prior --decoder mine/decoder "
+        f"--upsampler {start} --out mine/model"
+    )
+    (tmp_path / "clipless").mkdir()
+    with pytest.raises(CheckpointError):
+        list(new.new(Path("other"), "shapes:val", "cpu", "clipless"))
 
 
 def test_one_key_is_changed_and_the_rest_stays_as_it_is_written() -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.task import Prepared, Shown, draw, start_from
-from unclip.training.upsampler import Shrunk, UpsamplerRun, UpsamplerTask
+from unclip.training.upsampler import Redrawn, Shrunk, UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = {
@@ -278,6 +279,35 @@ def test_masks_are_a_samples_own_and_hide_a_part_the_rest_a_half_or_all():
     assert 0.05 < share.min() < 0.1 and ((share > 0.5) & (share < 1)).any()
 
 
+def test_a_decoder_learns_what_the_encoder_sees_where_a_picture_can_be_known(model_folder):
+    more = ["train.batch=16", "drop.image=0", "diffusion={target: v, schedule: cosine}"]
+    runs = [tiny("decoder", model_folder, *more, f"perceptual={w}") for w in (0.0, 0.5)]
+    clip = FrozenCLIP.load(runs[0].clip)
+    batch = first_batch(runs[0])
+    off = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
+    off.requires_grad_(True)
+
+    def model(x_t, t, cond):
+        return off * x_t
+
+    (plain, seeing) = (DecoderTask(run, clip).loss(model, batch, 0) for run in runs)
+    assert "distance" not in plain
+    assert torch.equal(plain["mse_q0"].nan_to_num(), seeing["mse_q0"].nan_to_num())
+    t, noise = draw(runs[0], batch.ids, batch.images)
+    process = DecoderTask(runs[0], clip).stage.diffusion
+    x_t = process.q_sample(batch.images, t, noise)
+    guess = process.x0_from(off * x_t, x_t, t)
+    expected = 0
+    for a, b in zip(clip.features(guess), clip.features(batch.images), strict=True):
+        expected = expected + 2 * (1 - F.cosine_similarity(a, b, dim=1)).mean((1, 2))
+    assert_close(seeing["distance"], 0.5 * expected)
+    signal = process.alpha_bar[t].float()
+    assert_close(seeing["loss"] - plain["loss"], signal * seeing["distance"], rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(seeing["distance"].sum(), off)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert_close(DecoderTask(runs[1], clip).perceived(batch.images, batch.images), torch.zeros(16))
+
+
 def test_flipped_pictures_are_mirror_images_by_sample():
     x, ids = torch.rand(200, 3, 4, 4), torch.arange(200)
     moved = place(x, ids, 0, shift=0.0, scale=0.0, flip=0.3)
@@ -373,6 +403,45 @@ def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     other = degraded(batch).low_res
     assert not torch.allclose(batch.low_res, other)
     assert_close(other, degraded(batch).low_res, rtol=0, atol=0)
+
+
+def test_an_upsampler_meets_what_the_decoder_draws_on_its_pictures(model_folder):
+    accelerator = Accelerator(cpu=True)
+    sizes = ["model.low=16", "model.high=32", "data.resolution=32", "data.crop=null", "degraded=0"]
+    share = f"redrawn={{model: '{model_folder}', share: 0.6, level: 0.9}}"
+    run = tiny("upsampler_64", None, *sizes, share, "train.batch=16")
+    batch, redrawn = Shrunk(run)(first_batch(run)), Redrawn(run, accelerator)
+    low = redrawn(batch)
+    drawn = (low != batch.low_res).flatten(1).any(1)
+    share_drawn = randomness.uniform(run.train.seed, "redrawn", batch.ids) < 0.6
+    assert torch.equal(drawn, share_drawn) and 0 < drawn.sum() < 16
+    assert torch.equal(redrawn(batch), low)
+    alone = replace(batch, captions=["green circles"] * 16)
+    assert torch.equal(redrawn(alone)[~drawn], low[~drawn])
+    assert not torch.allclose(redrawn(alone)[drawn], low[drawn])  # it is told the caption
+    # A decoder that knows the answer draws the picture itself, from whatever level.
+    x0 = resize(batch.images, 16).clamp(-1, 1)
+    redrawn.decoder = replace(redrawn.decoder, network=Knows(x0[drawn], redrawn.decoder))
+    assert_close(redrawn(batch), torch.where(drawn[:, None, None, None], x0, batch.low_res))
+    with pytest.raises(ConfigError, match=r"draws 16 px, but model\.low = 32"):
+        Redrawn(tiny("upsampler_64", None, "data.crop=null", share), accelerator)
+    with pytest.raises(ConfigError, match="whole pictures"):
+        tiny("upsampler_64", None, share)
+
+
+class Knows(torch.nn.Module):
+    """Predicts what leads back to the given pictures, whatever the conditions."""
+
+    def __init__(self, x0, decoder):
+        super().__init__()
+        self.x0, self.config, self.process = x0, decoder.config, decoder.diffusion
+
+    def prepare(self, cond):
+        return cond
+
+    def forward(self, x_t, t, cond):
+        x0 = self.x0.repeat(len(x_t) // len(self.x0), 1, 1, 1)
+        return self.process.target(x0, t, self.process.eps_from_x0(x0, x_t, t))
 
 
 def test_a_pair_counts_by_the_mean_of_its_draws(model_folder):

@@ -125,6 +125,11 @@ def test_learning_rate_is_a_closed_form(tmp_path: Path) -> None:
     assert 0 < learning_rate(109, cosine) < 1e-3
     constant = config(tmp_path, steps=110, warmup=0, lr=2.0, decay="constant").train
     assert {learning_rate(step, constant) for step in range(110)} == {2.0}
+    cooled = constant.model_copy(update={"cooldown": 40})
+    assert {learning_rate(step, cooled) for step in range(10, 71)} == {2.0}
+    assert learning_rate(90, cooled) == 1.0 and learning_rate(109, cooled) == 0.05
+    with pytest.raises(ValueError, match="cooldown needs"):
+        config(tmp_path, decay="cosine", cooldown=10)
     assert learning_rate(0, config(tmp_path, steps=1, warmup=1, lr=2.0).train) == 2.0
 
 
@@ -232,15 +237,18 @@ def test_steps_skipped_long_ago_are_forgotten(
     assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40
 
 
-def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(
+def test_a_run_says_where_its_pictures_and_its_weights_are_and_how_far_it_is_each_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(config(tmp_path / "soon"))
-    assert capsys.readouterr() == ("", "")
+    said, drawn = capsys.readouterr()
+    begun, done = said.splitlines()
+    assert begun.startswith(f"{tmp_path / 'soon' / 'samples' / 'step-0.png'} shows") and not drawn
+    assert done == f"trained to step 12; its weights are in {tmp_path / 'soon'}"
     monkeypatch.setattr("unclip.training.log.NEWS_EVERY", 0.0)
     run(config(tmp_path / "late"))
     said, drawn = capsys.readouterr()
-    steps = [line.partition(":")[0] for line in said.splitlines()]
+    steps = [line.partition(":")[0] for line in said.splitlines()[1:-1]]
     assert steps == [f"step {step} of 12" for step in (4, 8, 12)]
     assert f"loss {lines(tmp_path / 'late')[-1]['loss']:.4g}" in said and drawn == ""
 

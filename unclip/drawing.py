@@ -217,6 +217,7 @@ def drawer(opts: Options, stages: Sequence[Stage], reader: Reader, dtype: torch.
                 dtype=dtype,
                 tile=opts.tile,
                 progress=opts.progress,
+                preview=opts.preview,
                 **more,
             )
 

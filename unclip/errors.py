@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,22 @@ def check_open_files(error: Exception) -> None:
 
 
 @contextmanager
+def warnings_to(tell: Callable[[str], object]) -> Iterator[None]:
+    """Have our own warnings told in one's own way; others go where they always go."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UnclipWarning):
+                tell(str(message))
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn an `UnclipError` into one paragraph on stderr and its exit code, warnings into lines.
 
@@ -72,16 +88,7 @@ def exit_on_error() -> Iterator[None]:
     code is printed as well.
     """
     open_console()
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, UnclipWarning):
-                print(f"warning: {message}", file=sys.stderr, flush=True)
-            else:
-                usual(message, category, *where, **more)
-
-        warnings.showwarning = show
+    with warnings_to(lambda said: print(f"warning: {said}", file=sys.stderr, flush=True)):
         try:
             yield
         except UnclipError as error:

@@ -5,12 +5,14 @@ B batch, H height, W width. Inside, an image is float32 BCHW RGB in [-1, 1]; out
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -223,6 +225,15 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(x: Tensor) -> Image.Image:
     """**Shapes**: (3, H, W) in [-1, 1] → PIL RGB."""
     return Image.fromarray(rearrange(to_uint8(x.detach().cpu()), "c h w -> h w c").numpy())
+
+
+def to_html(image: Image.Image, alt: str, kind: Literal["png", "webp"] = "png") -> str:
+    """A picture as part of a page: nothing is loaded from elsewhere. `alt` says what it shows."""
+    file = io.BytesIO()
+    how: dict[str, Any] = {"optimize": True} if kind == "png" else {"quality": 80}
+    image.save(file, kind.upper(), **how)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'
 
 
 def resize(x: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from unclip.diffusion.sampling import SamplingConfig
 from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import ConfigError
 from unclip.progress import Progress
-from unclip.stages.stage import Stage
+from unclip.stages.stage import Preview, Stage
 
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
@@ -32,7 +32,9 @@ class Options:
     on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
     picture and the one closest to its text is kept; `candidates` pictures are finished for each
     one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
-    called after every step with the stage's name, the steps done and those to do.
+    called after every step with the stage's name, the steps done and those to do. `preview` is
+    called then with the stage's name, which of its samples were at work, and what they would be by
+    now: x_0 as the stage draws it, of pictures (B, 3, R, R).
 
     `prior` says how text becomes an embedding (see `PriorName`) where a model can do it in several
     ways. Guidance leads away from `negative_prompt`: the prior's from that text, the decoder's from
@@ -55,6 +57,7 @@ class Options:
     prior: str | None = None
     negative_prompt: str | None = None
     progress: Progress = False
+    preview: Preview | None = None
     meant_for: str = field(default="decoder", kw_only=True)  # the kind that single values are for
 
     def __post_init__(self) -> None:
@@ -91,8 +94,8 @@ class Options:
 
     def described(self) -> dict[str, Any]:
         """What was asked for, as a PNG tells it."""
-        names = (f.name for f in fields(self) if f.name not in ("progress", "meant_for"))
-        return {name: getattr(self, name) for name in names}
+        told = ("progress", "preview", "meant_for")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
 
     def resolve(self, stages: Sequence[Stage]) -> dict[str, SamplingConfig]:
         """How each stage is sampled: its own defaults with what the caller said.

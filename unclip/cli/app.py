@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from unclip import __version__
-from unclip.cli import data, edits, evaluation, models, pictures, training
+from unclip.cli import data, edits, evaluation, machine, models, pictures, training
 from unclip.cli.arguments import expanded
 from unclip.errors import exit_on_error
 
@@ -37,6 +37,7 @@ for verb in (
     edits.redraw,
     data.embed,
     pictures.upscale,
+    pictures.app,
     models.info,
     models.assemble,
     models.convert,
@@ -44,9 +45,11 @@ for verb in (
     training.configs,
     training.new,
     models.measure,
+    training.validate,
     training.plan,
     evaluation.evaluate,
     evaluation.experiment,
+    machine.doctor,
 ):
     # A stage's own options go to its own parser, --help among them.
     passed_on = {"ignore_unknown_options": True, "help_option_names": []}

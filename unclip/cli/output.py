@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, DataError
 from unclip.files.disk import check_writable, write_new
 from unclip.images import grid
 from unclip.text import whole
@@ -74,7 +74,7 @@ class Writer:
 
     def save(self, image: Image.Image, name: str, about: Mapping[str, Any]) -> Path:
         """Write one picture under a free name made of `name` and the seed in `about`, which goes
-        into the file."""
+        into the file; `read_about` has a PNG's back."""
         if self.count > 1:
             side = THUMBNAIL if self.count <= 256 else 64
             self.thumbnails.append(image if image.width <= side else image.resize((side, side)))
@@ -104,6 +104,23 @@ class Writer:
             raise ConfigError(f"can't write {path}: {error.strerror or error}") from None
         print(path, flush=True)
         return path
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a PNG that was made here says of itself: prompt, seed, settings and the model's hash.
+
+    **Raises**: `DataError` for another file, or one that says nothing of the kind.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            said = dict(getattr(image, "text", {}))
+        seed, settings = int(said["seed"]), json.loads(said["settings"])
+        return {**said, "seed": seed, "settings": dict(settings)}
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError):
+        raise DataError(
+            f"{Path(path).name} says nothing of how it was made: expected a PNG that unclip wrote, "
+            "as it was written (other programs leave its text out)"
+        ) from None
 
 
 def slug(text: str) -> str:

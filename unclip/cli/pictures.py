@@ -1,14 +1,26 @@
-"""The verbs that make pictures: text, vary, upscale."""
+"""The verbs that make pictures: text, vary, upscale; and app, where a browser asks for them."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unclip.cli.arguments import Asked, N, Negative, Picture, Prior, Prompts
-from unclip.cli.shell import Making, square
+from unclip.cli.arguments import (
+    Asked,
+    Device,
+    Model,
+    N,
+    Negative,
+    Offload,
+    Picture,
+    Precision,
+    Prior,
+    Prompts,
+)
+from unclip.cli.shell import Making, default_model, precision, square, to_device
 from unclip.errors import ConfigError
 
 
@@ -118,6 +130,35 @@ def upscale(image: Picture, asked: Asked) -> None:
     making = Making("upscale", asked, source=image.name, meant_for="upsampler")
     larger = making.pipe.upscale(picture, seed=asked.seed, options=making.options)
     making.save([larger], [f"{image.stem} {larger.width}px"])
+
+
+def app(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1.")] = 7860,
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="The folder that pictures are written to.")] = Path(
+        "out"
+    ),
+    device: Device = "auto",
+    dtype: Precision = None,
+    offload: Offload = False,
+) -> None:
+    """Open a web page on this machine on which all of this can be done, until Ctrl-C."""
+    try:
+        from unclip.app.page import launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ConfigError("the web page needs gradio: pip install 'unclip[app]'") from None
+
+    from unclip.app.studio import Studio
+    from unclip.files.disk import check_writable
+
+    check_writable(out, "--out")
+    where = to_device(device)
+    studio = Studio(out, where, precision(dtype, where), offload)
+    url = launch(studio, str(model or default_model()), port)
+    print(f"unclip is at {url} and writes to {out}; Ctrl-C ends it", flush=True)
+    threading.Event().wait()
 
 
 def _columns(inputs: int, n: int) -> int:

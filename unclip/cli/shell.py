@@ -6,7 +6,7 @@ Nothing here imports torch before a verb has work to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from unclip.shipped import shipped
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+    from unclip.options import Options
+    from unclip.pipeline import UnCLIP
 
 OWN = ("text_guidance", "threshold")  # the decoder's, and as they were said
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -82,13 +85,8 @@ class Making:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What reproduces the pictures, besides their prompts, seeds and the model."""
-        options = self.options.described()
-        options["prior_candidates"] = options["prior_candidates"] or self.pipe.prior_candidates
-        sampling = self.options.resolve(self.pipe.stages)
-        used = {name: config.model_dump() for name, config in sampling.items()}
-        said = {**self.about, **options, "sampling": used}
-        return {name: value for name, value in said.items() if value is not None}
+        """See `settings_of`."""
+        return settings_of(self.pipe, self.options, self.about)
 
     def save(
         self,
@@ -111,6 +109,16 @@ class Making:
             self.writer.save(picture, names[k], own | same)
         captions = prompts if len(set(prompts or ())) > 1 else None
         self.writer.sheet(title or names[0], columns or square(len(names)), captions)
+
+
+def settings_of(pipe: UnCLIP, options: Options, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What reproduces pictures, besides their prompts, seeds and the model."""
+    asked = options.described()
+    asked["prior_candidates"] = asked["prior_candidates"] or pipe.prior_candidates
+    sampling = options.resolve(pipe.stages)
+    used = {name: config.model_dump() for name, config in sampling.items()}
+    said = {**about, **asked, "sampling": used}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def square(count: int) -> int:

@@ -1,4 +1,4 @@
-"""The verbs that work on trainings: train, configs, new, plan."""
+"""The verbs that work on trainings: train, configs, new, validate, plan."""
 
 from __future__ import annotations
 
@@ -51,19 +51,52 @@ def new(
         Literal["cpu", "gpu24", "gpus8"],
         typer.Option("--for", help="A CPU, a GPU of 24 GB, eight GPUs in one machine."),
     ] = "cpu",
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="A model whose prior and decoder go on: few pictures do then."),
+    ] = None,
 ) -> None:
     """Write a commented configuration of each stage for your own pictures, and say what is next."""
+    from unclip.training.new import assembling
     from unclip.training.new import new as write
 
-    commands = write(folder, data, machine)
-    for file in commands:
-        print(file)
-    stages = [file.with_suffix("") for file in commands]
-    options = " ".join(f"--{stage.name.partition('_')[0]} {stage}" for stage in stages)
+    written = []
+    for one in write(folder, data, machine, start):
+        print(f"{one.file}  {one.time}".rstrip(), flush=True)
+        written.append(one)
     print("next, one after the other:")
-    print("\n".join(f"  {command}" for command in commands.values()))
-    print(f"  unclip assemble {options} --out {folder / 'model'}")
+    print("\n".join(f"  {one.command}" for one in written))
+    print(f"  {assembling(folder, written, start)}")
     print(f'  unclip text "a caption" --model {folder / "model"}')
+
+
+def validate(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG … [KEY=VALUE …]",
+            help="YAML files or names of shipped ones, of one stage or of a stack, and what "
+            "differs in all of them.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A folder, for contact sheets of the data.")] = Path(
+        "out"
+    ),
+    gpus: Annotated[int, typer.Option(min=1, help="How many there will be.")] = 1,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, help="Of one GPU, in GB; more is an error [default: only said]."),
+    ] = None,
+) -> None:
+    """Check configurations before a training: keys, widths, a batch of the data, memory."""
+    from unclip.training.validate import validate as check
+
+    overrides = [word for word in configs if "=" in word]
+    paths = [word for word in configs if "=" not in word]
+    if not paths:
+        raise ConfigError("give a configuration; `unclip configs` lists those that ship")
+    for sentence in check(paths, overrides, out, gpus, memory):
+        print(sentence, flush=True)
 
 
 def plan(

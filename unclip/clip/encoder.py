@@ -102,15 +102,28 @@ class FrozenCLIP(nn.Module):
         **Shapes**: (B, 3, H, W) of any size → (B, D). **Units**: pixels in [-1, 1].
         """
         with self._own_precision():
-            x = images.to(self.device, torch.float32, non_blocking=True)
-            x = resize_and_crop(x, self.preprocess)  # (B, 3, R, R)
-            if self._pixels is None or self._pixels.device != x.device:
-                pixels = torch.tensor([self.preprocess.mean, self.preprocess.std])
-                self._pixels = pixels[..., None, None].to(x.device)
-            mean, std = self._pixels  # (3, 1, 1)
-            # Bicubic overshoots; an 8-bit picture, which the towers were trained on, can't.
-            x = ((x + 1) / 2).clamp(0, 1)
-            return self.towers.encode_image(((x - mean) / std).to(self.dtype))
+            return self.towers.encode_image(self._seen(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the image tower sees of pictures, stage by stage; its gradient reaches the pictures.
+
+        **Shapes**: (B, 3, H, W) of any size → (B, C, h, w) for each of its stages or blocks.
+        **Units**: pixels in [-1, 1].
+        """
+        with self._own_precision():
+            return self.towers.features(self._seen(images))
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Pictures as the tower wants them. **Shapes**: (B, 3, H, W) → (B, 3, R, R)."""
+        x = images.to(self.device, torch.float32, non_blocking=True)
+        x = resize_and_crop(x, self.preprocess)  # (B, 3, R, R)
+        if self._pixels is None or self._pixels.device != x.device:
+            pixels = torch.tensor([self.preprocess.mean, self.preprocess.std])
+            self._pixels = pixels[..., None, None].to(x.device)
+        mean, std = self._pixels  # (3, 1, 1)
+        # Bicubic overshoots; an 8-bit picture, which the towers were trained on, can't.
+        x = ((x + 1) / 2).clamp(0, 1)
+        return ((x - mean) / std).to(self.dtype)
 
     def encode_pil(self, images: Sequence[Image.Image]) -> Tensor:
         """Raw image embeddings of PIL pictures, resized by PIL. **Shapes**: B pictures → (B, D)."""

@@ -55,9 +55,9 @@ class Parts(NamedTuple):
 def open_encoder(source: str, dtype: torch.dtype = torch.float32) -> Parts:
     """An encoder's parts on the CPU; what can be read in `dtype` is.
 
-    `source` is a model folder or its `clip` stage, a run of `train/clip.py`, a folder in Karlo's
-    layout, a transformers CLIP folder, or an open_clip name and tag (or weights file) such as
-    `ViT-L-14/openai`.
+    `source` is a model folder or its `clip` stage, a run of `unclip train clip`, a folder in
+    Karlo's layout, a transformers CLIP folder, or an open_clip name and tag (or weights file) such
+    as `ViT-L-14/openai`.
 
     **Raises**: `CheckpointError` if it can't be found or read; `ConfigError` if it is unclear.
     """

@@ -238,6 +238,11 @@ class OpenClipTowers(nn.Module):
         """**Shapes**: (B, 3, R, R) preprocessed → (B, D)."""
         return self.model.encode_image(pixels)  # type: ignore[operator]
 
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """What each stage of the image tower sees. **Shapes**: (B, 3, R, R) → (B, C, h, w) each."""
+        visual: Any = self.model.visual
+        return visual.forward_intermediates(pixels)["image_intermediates"]
+
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Of texts, or of their first L positions if no text is longer.
 
@@ -272,12 +277,24 @@ class TransformersTowers(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """**Shapes**: (B, 3, R, R) preprocessed → (B, D). **Raises**: `CheckpointError`."""
+        return self._with_vision()(pixel_values=pixels).image_embeds
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """What each block of the image tower sees, its patches as they lie in the picture.
+
+        **Shapes**: (B, 3, R, R) → (B, C, h, w) each. **Raises**: `CheckpointError`.
+        """
+        states = self._with_vision()(pixel_values=pixels, output_hidden_states=True).hidden_states
+        side = int((states[0].shape[1] - 1) ** 0.5)  # the class token stands first
+        return [x[:, 1:].mT.unflatten(2, (side, side)) for x in states[1:]]
+
+    def _with_vision(self) -> nn.Module:
         if self.vision is None:
             raise CheckpointError(
                 "this CLIP has no image tower, which pictures need; Karlo's image-variation "
                 "folder has one"
             )
-        return self.vision(pixel_values=pixels).image_embeds
+        return self.vision
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """**Shapes**: ids, mask (B, L) → tokens (B, L, W) after the final norm, embed (B, D)."""

@@ -96,7 +96,9 @@ class EmbeddingCache:
         if lacking:
             raise DataError(f"{self.root} has no captions for shard {lacking[0]}, in {METADATA}")
         if self.index and "mean" not in self.index:
-            raise DataError(f"{self.root} is not complete; run train/embed.py again to finish it")
+            raise DataError(
+                f"{self.root} is not complete; run `unclip train embed` again to finish it"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -162,7 +164,7 @@ class EmbeddingCache:
             lambda: clip.norm,
             f"the embeddings of {self.root}",
             "set model.scale.normalize = true (with kind whiten) or model.scale.kind = unit in "
-            "prior and decoder, or write raw ones with train/embed.py",
+            "prior and decoder, or write raw ones with `unclip train embed`",
         )
 
     def check_encoder(self, clip: Encoder, name: str) -> None:
@@ -180,9 +182,9 @@ class EmbeddingCache:
 class Joined:
     """Pictures with their embeddings out of a cache, found by key.
 
-    Its keys are those that the dataset gives, as `train/embed.py` writes them; shards of tar files
-    may also stand there by any path that leads to them, as earlier versions wrote it, or not at all
-    as img2dataset does. Of rows with one key the first counts, if they hold one embedding.
+    Its keys are those that the dataset gives, as `unclip train embed` writes them; shards of tar
+    files may also stand there by any path that leads to them, as earlier versions wrote it, or not
+    at all as img2dataset does. Of rows with one key the first counts, if they hold one embedding.
     """
 
     def __init__(self, dataset: Dataset, cache: EmbeddingCache) -> None:
@@ -219,7 +221,7 @@ class Joined:
         if not one or (key != sample.key and self._is_shared(key)):
             raise DataError(
                 f"{sample.key}: more than one picture is called {key}, and {self.cache.name} does "
-                "not say of which its embedding is; write it anew with train/embed.py",
+                "not say of which its embedding is; write it anew with `unclip train embed`",
                 "ambiguous",
             )
         return z

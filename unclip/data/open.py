@@ -59,8 +59,8 @@ def open_dataset(
     - a tar file, a folder of them, or a pattern such as `shards-{000..009}.tar` or `shards/*.tar`;
       likewise parquet files that hold the pictures;
     - `hf:owner/name`, `hf:owner/name#config:split`: a dataset of the Hugging Face hub;
-    - with `embeddings` also a cache (`train/embed.py`, clip-retrieval), whose samples hold those
-      instead of pictures.
+    - with `embeddings` also a cache (`unclip train embed`, clip-retrieval), whose samples hold
+      those instead of pictures.
 
     Of files that people bring, single samples may be bad: see `Tolerant`.
 

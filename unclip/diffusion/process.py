@@ -7,7 +7,7 @@ paper. One object serves embeddings (B, D) and images (B, C, H, W): every functi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -127,7 +127,13 @@ class GaussianDiffusion:
         return prediction, variance
 
     def loss(
-        self, model: Denoiser, x0: Tensor, cond: Cond, t: Tensor, noise: Tensor
+        self,
+        model: Denoiser,
+        x0: Tensor,
+        cond: Cond,
+        t: Tensor,
+        noise: Tensor,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The training loss of each sample, in float32 whatever the network computed in.
 
@@ -135,7 +141,9 @@ class GaussianDiffusion:
         L_simple, weighted as the configuration says, plus L_vlb on the variance channels (improved
         DDPM equation 16: 0.001 × the sum over T terms is 0.001 T times the one term sampled here).
         `mse_q0` to `mse_q3` are L_simple without weights by quarters of time, cleanest first, nan
-        for the samples of other quarters.
+        for the samples of other quarters. A `distance` between the guess of x0 and x0, → (B,), is
+        added by the share ᾱ_t of the variance that is signal: where x0 is a matter of chance its
+        guess is a mean, which looks like no sample and must not try to.
         """
         x_t = self.q_sample(x0, t, noise)
         prediction, variance = self.split(model(x_t, t, cond).float())
@@ -143,6 +151,10 @@ class GaussianDiffusion:
         quarter = (t * 4 // self.config.steps).to(mse.device)
         by_time = {f"mse_q{k}": mse.where(quarter == k, torch.nan) for k in range(4)}
         mse = mse * self._at("weight", t, mse)
+        if distance is not None:
+            seen = distance(self.x0_from(prediction, x_t, t), x0)
+            by_time["distance"] = seen
+            mse = mse + self._at("signal", t, mse) ** 2 * seen
         if variance is None:
             return {"loss": mse, **by_time}
         # The mean is detached: L_vlb must teach the variance only.

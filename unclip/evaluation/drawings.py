@@ -137,5 +137,4 @@ def _layout(pipe: UnCLIP, z: Tensor) -> list[Image.Image]:
     assert pipe.decoder is not None
     network = pipe.decoder.network
     scaled = network.scale(z.to(pipe.device)).to(network.null_image.dtype)
-    pictures = resize(network.layout(scaled).float(), network.config.resolution)
-    return [to_pil(x) for x in pictures]
+    return [to_pil(x) for x in network.laid_out(scaled).float()]

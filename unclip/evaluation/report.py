@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +10,7 @@ from PIL import Image
 
 from unclip.evaluation.drawings import ROWS, Group
 from unclip.evaluation.evaluate import Evaluation
+from unclip.images import to_html
 from unclip.text import markdown_table
 
 SHOWN = 24  # captions of a group on the page
@@ -157,7 +156,7 @@ def page(evaluation: Evaluation, title: str) -> str:
         body.append(f"<h2>Upsampled, {escape(span)} px</h2>")
         head = "".join(f"<th>{x}</th>" for x in ("bicubic", "upsampler", "real"))
         lines = [
-            "".join(f"<td>{_img(x, span)}</td>" for x in tiles[k : k + 3])
+            "".join(f"<td>{to_html(x, span)}</td>" for x in tiles[k : k + 3])
             for k in range(0, len(tiles), 3)
         ]
         body.append(_html_table(head, lines, "grid"))
@@ -176,7 +175,7 @@ def _grid(group: Group, pictures: Mapping[str, Sequence[Image.Image]]) -> str:
     head = "<th></th>" + "".join(f"<th>{escape(x)}</th>" for x in columns)
     lines = [
         f"<td>{escape(caption)}</td>"
-        + "".join(f"<td>{_img(images[k], caption)}</td>" for images in columns.values())
+        + "".join(f"<td>{to_html(images[k], caption)}</td>" for images in columns.values())
         for k, caption in enumerate(captions[:SHOWN])
     ]
     return _html_table(head, lines, "grid")
@@ -185,13 +184,6 @@ def _grid(group: Group, pictures: Mapping[str, Sequence[Image.Image]]) -> str:
 def _html_table(head: str, lines: Sequence[str], kind: str = "") -> str:
     rows = "".join(f"<tr>{line}</tr>\n" for line in [head, *lines])
     return f'<div class="wide"><table class="{kind}">\n{rows}</table></div>'
-
-
-def _img(image: Image.Image, caption: str) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def _bold(text: str) -> str:

@@ -129,15 +129,15 @@ class Decoder(nn.Module):
             states, mask = self.text(cond.text)  # (B, l, K), (B, l)
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
-        context, layout = self.unet.context_kv(tokens, mask), self._layout(z_image)
+        context, layout = self.unet.context_kv(tokens, mask), self.laid_out(z_image)
         known, side = cond.known, self.config.resolution
         if self.config.inpaint and known is None:
             known = z_image.new_zeros(len(z_image), 4, side, side)
         known = known if self.config.inpaint else None
         return replace(cond, cache=DecoderCache(emb, context, layout, known))
 
-    def _layout(self, z_image: Tensor) -> Tensor | None:
-        """The small picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
+    def laid_out(self, z_image: Tensor) -> Tensor | None:
+        """The layout's picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
         if self.layout is None or self.config.layout is None:
             return None
         small, side = self.config.layout.side, self.config.resolution

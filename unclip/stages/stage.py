@@ -29,6 +29,7 @@ CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
 
 AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
+Preview = Callable[[str, slice, Tensor], object]  # see `Options`
 
 
 class Draw(Protocol):
@@ -170,6 +171,7 @@ class Stage:
         dtype: torch.dtype = torch.float32,
         tile: int | None = None,
         progress: Progress = False,
+        preview: Preview | None = None,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
@@ -177,7 +179,7 @@ class Stage:
         float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
         of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
         `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
-        picture is larger.
+        picture is larger. `preview` is told after each step what it takes those rows for.
 
         **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
         generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
@@ -206,6 +208,8 @@ class Stage:
                 ):
                     x = step.x
                     step_done()
+                    if preview is not None:
+                        preview(self.name, rows, step.x0)
                 parts.append(x)
         return torch.cat(parts)
 

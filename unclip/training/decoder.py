@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from unclip import randomness
+from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig, Spec
-from unclip.data.sample import Batch
+from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.process import DiffusionConfig
@@ -44,10 +46,12 @@ from unclip.training.task import (
 class DecoderRun(Config):
     """A training run of the decoder; `clip` names the frozen encoder.
 
-    `embeddings` is a cache that has those of the training pictures by key (`train/embed.py`), which
-    else the encoder makes at every step. `jitter` moves the image embeddings off the data (see
-    `jittered`), each by another share of it. `augment` moves pictures before the encoder sees them,
-    in training only: the embedding says what was done, so that nothing of it comes back unasked.
+    `embeddings` is a cache that has those of the training pictures by key (`unclip train embed`),
+    which else the encoder makes at every step. `jitter` moves the image embeddings off the data
+    (see `jittered`), each by another share of it. `augment` moves pictures before the encoder sees
+    them, in training only: the embedding says what was done, so that nothing of it comes back
+    unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (see
+    `perceived`).
     """
 
     clip: Place
@@ -58,6 +62,7 @@ class DecoderRun(Config):
     sampling: SamplingConfig
     drop: DropConfig
     jitter: float = Field(0.0, ge=0)
+    perceptual: float = Field(0.0, ge=0)
     augment: PlaceConfig = PlaceConfig()
     train: TrainConfig
 
@@ -91,7 +96,24 @@ class DecoderTask(StageTask):
             hidden = masks(ids, x0.shape[-1], self.run.train.seed).to(x0.device, non_blocking=True)
             cond = replace(cond, known=Kept(x0, hidden).shown())
         t, noise = draw(self.run, ids, x0, batch.noise)
-        return self.stage.diffusion.loss(model, x0, cond, t, noise)
+        distance = self.perceived if self.run.perceptual > 0 else None
+        return self.stage.diffusion.loss(model, x0, cond, t, noise, distance)
+
+    def perceived(self, guess: Tensor, x0: Tensor) -> Tensor:
+        """How unlike two pictures are to the frozen encoder, times `perceptual`.
+
+        At each place the squared distance of the features' directions, averaged over places and
+        summed over the image tower's stages: LPIPS (Zhang et al. 2018) with no weights learned.
+
+        **Shapes**: (B, 3, R, R) twice → (B,).
+        """
+        with torch.no_grad():
+            real = self.clip.features(x0)
+        distance = torch.zeros(len(x0), device=x0.device)
+        for a, b in zip(self.clip.features(guess), real, strict=True):
+            a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)  # (B, C, h, w)
+            distance = distance + (a - b).square().sum(1).mean((1, 2))
+        return self.run.perceptual * distance
 
     def moved(self, images: Tensor, ids: Tensor) -> Tensor:
         """Pictures as `augment` has them by sample. **Shapes**: (B, 3, H, W) → same."""
@@ -127,10 +149,13 @@ class DecoderTask(StageTask):
         return replace(cond, image_embed=z)
 
 
-def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
-    """Train the decoder; the newest checkpoint's folder."""
+def open_decoder(run: DecoderRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
+    """What the decoder learns from, perhaps with embeddings from a cache, and the encoder.
+
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if it can't be used
+    with these pictures.
+    """
     dataset, clip = run.data.open(run.data.train), frozen_clip(run.clip, accelerator)
-    task = DecoderTask(run, clip, dataset)
     if run.embeddings is not None:
         cache = EmbeddingCache(Path(run.embeddings))
         cache.check_encoder(clip, run.clip)
@@ -138,6 +163,13 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
         if not run.model.scale.normalizes:
             cache.check_raw(clip)
         dataset = Tolerant(Joined(dataset, cache))
+    return dataset, clip
+
+
+def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
+    """Train the decoder; the newest checkpoint's folder."""
+    dataset, clip = open_decoder(run, accelerator)
+    task = DecoderTask(run, clip, dataset)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)

@@ -1,7 +1,7 @@
 """Write a cache of CLIP image embeddings, from which the prior trains without pictures.
 
-    accelerate launch train/embed.py emoji runs/emoji/cache --clip runs/emoji/clip --rounds 4
-    python train/prior.py configs/emoji/prior.yaml data.train=runs/emoji/cache
+    unclip train embed emoji runs/emoji/cache --clip runs/emoji/clip_text --rounds 4
+    unclip train prior emoji/prior data.train=runs/emoji/cache
 
 The same command again goes on; any number of processes share the work.
 """

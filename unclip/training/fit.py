@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -41,8 +41,9 @@ MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
-    """How to train. `batch` is global: over all processes and accumulation steps. `deterministic`
-    makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
+    """How to train. `batch` is global: over all processes and accumulation steps. A constant rate
+    falls to zero over the last `cooldown` steps, which may be decided when they come.
+    `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -51,6 +52,7 @@ class TrainConfig(Config):
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine"] = "cosine"
+    cooldown: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -66,6 +68,12 @@ class TrainConfig(Config):
     compile: bool = False
     deterministic: bool = False
     init: Place | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.cooldown and self.decay != "constant":
+            raise ValueError("cooldown needs decay = constant: a cosine falls by itself")
+        return self
 
 
 class Batch(Protocol):
@@ -106,7 +114,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.decay == "constant":
-        return config.lr
+        return config.lr * min(1, (config.steps - step) / max(1, config.cooldown))
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -224,8 +232,8 @@ class _Trainer:
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
         """Steps up to `config.steps`, or to the first one after `stopped` is set."""
         config, state = self.config, self.state
-        if state.step == 0:
-            self._preview()
+        if state.step == 0 and (first := self._preview()) is not None:
+            self.log.say(f"{first} shows where it begins, those beside it how far it is")
         stream = batches(state.step)
         while state.step < config.steps:
             lr = learning_rate(state.step, config)
@@ -245,6 +253,7 @@ class _Trainer:
             if stop and not done:
                 self.log.say(f"stopped at step {state.step}; the same command continues from here")
                 return
+        self.log.say(f"trained to step {state.step}; its weights are in {config.out}")
 
     def _backward(self, stream: Iterator[Batch]) -> tuple[dict[str, Tensor], float]:
         """Gradients of one global batch; this process's entries and its wait for data.
@@ -322,7 +331,7 @@ class _Trainer:
         )
         self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
-    def _preview(self) -> None:
+    def _preview(self) -> Path | None:
         """Write samples/step-N.png from the averaged weights; randomness stays as it is.
 
         Every process draws it, so that none waits for another, and a spread model can.
@@ -331,7 +340,9 @@ class _Trainer:
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
             image = self.task.preview(averaged)
-        if image is not None and self.accelerator.is_main_process:
-            folder = Path(self.config.out) / "samples"
-            folder.mkdir(exist_ok=True)
-            image.save(folder / f"step-{self.state.step}.png")
+        if image is None or not self.accelerator.is_main_process:
+            return None
+        path = Path(self.config.out) / "samples" / f"step-{self.state.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        return path

@@ -114,9 +114,14 @@ def open_pairs(run: Any, accelerator: Accelerator, raw: bool = False) -> tuple[D
     return dataset, clip
 
 
+def open_prior(run: PriorRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
+    """As `open_pairs`, raw embeddings where the prior's scale needs them."""
+    return open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
+
+
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset, clip = open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
+    dataset, clip = open_prior(run, accelerator)
     task = PriorTask(run, clip, dataset)
 
     def begin() -> None:

@@ -19,7 +19,7 @@ from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files.checkpoints import newest_checkpoint
 
 # What may differ between a run and its continuation.
-FREE_KEYS = ("steps", "save_every", "sample_every", "log_every", "keep", "out")
+FREE_KEYS = ("steps", "cooldown", "save_every", "sample_every", "log_every", "keep", "out")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM warns with SIGUSR1
 

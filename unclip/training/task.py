@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from unclip.precision import default_dtype
 from unclip.sources import Source
 from unclip.stages.kinds import kind_of
 from unclip.stages.stage import Stage
+from unclip.stages.stored import StoredStage
 from unclip.training.fit import Task, fit
 
 PREVIEWS = 8
@@ -58,6 +59,15 @@ class DropConfig(Config):
     text: float = Field(0.0, ge=0, le=1)
 
 
+class Widths(Protocol):
+    """An encoder's, of its embeddings and of its text states."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def text_width(self) -> int: ...
+
+
 def frozen_clip(name: str, accelerator: Accelerator) -> FrozenCLIP:
     """The encoder on this process's device; in half precision where an accelerator trains in it."""
     half = accelerator.mixed_precision != "no"
@@ -65,7 +75,12 @@ def frozen_clip(name: str, accelerator: Accelerator) -> FrozenCLIP:
     return FrozenCLIP.load(name, accelerator.device, dtype)
 
 
-def check_widths(clip: FrozenCLIP, run: Any) -> None:
+def open_pictures(run: Any, accelerator: Accelerator) -> tuple[Dataset, None]:
+    """What a training learns from that needs no encoder, which would be beside it."""
+    return run.data.open(run.data.train), None
+
+
+def check_widths(clip: Widths, run: Any) -> None:
     """**Raises**: `ConfigError` for a model whose widths are not its encoder's."""
     for key, width in (("embed", clip.width), ("text_width", clip.text_width)):
         value = getattr(run.model, key)
@@ -238,6 +253,17 @@ def start_from(stage: Stage, path: str | Path) -> None:
     **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
     was trained with another encoder.
     """
+    stored = kin_of(stage, path)
+    tensors = stored.tensors
+    if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
+        narrow = tensors[FIRST]
+        lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
+        tensors = {**tensors, FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}
+    load_tensors(stage.network, tensors, stored.where)
+
+
+def kin_of(stage: Stage, path: str | Path) -> StoredStage:
+    """What `start_from` reads. **Raises**: as that does, but for shapes."""
     source = Source(path)
     kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
     stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
@@ -249,12 +275,7 @@ def start_from(stage: Stage, path: str | Path) -> None:
         trained = None if clip is None else clip.fingerprint
     if stage.encoder is not None and trained is not None:
         check_same_encoder(stage.encoder, trained, stored.where)
-    tensors = stored.tensors
-    if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
-        narrow = tensors[FIRST]
-        lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
-        tensors = {**tensors, FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}
-    load_tensors(stage.network, tensors, stored.where)
+    return stored
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:

@@ -9,37 +9,49 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.config import Config, read_yaml
+from unclip.data.sample import Dataset
 from unclip.errors import ConfigError
 from unclip.stages.kinds import kind_of_keys
 from unclip.training.ar_prior import ArPriorRun, train_ar_prior
 from unclip.training.clip import ClipRun, train_clip
 from unclip.training.clip_text import ClipTextRun, train_clip_text
-from unclip.training.decoder import DecoderRun, train_decoder
-from unclip.training.prior import PriorRun, train_prior
+from unclip.training.decoder import DecoderRun, open_decoder, train_decoder
+from unclip.training.prior import PriorRun, open_pairs, open_prior, train_prior
+from unclip.training.task import open_pictures
 from unclip.training.upsampler import UpsamplerRun, train_upsampler
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A training: the schema of its configuration, what is then called, and what that does."""
+    """A training: the schema of its configuration, what it opens first (its data, and the encoder
+    beside it), what is called to train, and what that does."""
 
     schema: type[Config]
+    opens: Callable[[Any, Accelerator], tuple[Dataset, FrozenCLIP | None]]
     train: Callable[[Any, Accelerator], object]
     says: str
 
 
 TRAINERS = {
-    "clip": Trainer(ClipRun, train_clip, "Train a CLIP encoder from scratch (Section 2)."),
+    "clip": Trainer(
+        ClipRun, open_pictures, train_clip, "Train a CLIP encoder from scratch (Section 2)."
+    ),
     "clip_text": Trainer(
-        ClipTextRun, train_clip_text, "Teach a trained CLIP's text tower more words (Section 2)."
+        ClipTextRun,
+        open_pictures,
+        train_clip_text,
+        "Teach a trained CLIP's text tower more words (Section 2).",
     ),
-    "prior": Trainer(PriorRun, train_prior, "Train the diffusion prior (Section 2.2)."),
+    "prior": Trainer(PriorRun, open_prior, train_prior, "Train the diffusion prior (Section 2.2)."),
     "ar_prior": Trainer(
-        ArPriorRun, train_ar_prior, "Train the autoregressive prior (Section 2.2)."
+        ArPriorRun, open_pairs, train_ar_prior, "Train the autoregressive prior (Section 2.2)."
     ),
-    "decoder": Trainer(DecoderRun, train_decoder, "Train the decoder (Section 2.1)."),
-    "upsampler": Trainer(UpsamplerRun, train_upsampler, "Train an upsampler (Section 2.1)."),
+    "decoder": Trainer(DecoderRun, open_decoder, train_decoder, "Train the decoder (Section 2.1)."),
+    "upsampler": Trainer(
+        UpsamplerRun, open_pictures, train_upsampler, "Train an upsampler (Section 2.1)."
+    ),
 }
 
 

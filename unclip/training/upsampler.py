@@ -16,17 +16,34 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from unclip import randomness
+from unclip.clip.fingerprint import check_same_encoder
 from unclip.conditioning import Cond
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.degradations import blur, bsr
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
+from unclip.errors import ConfigError
 from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import UpsamplerConfig
+from unclip.sources import Source
 from unclip.training.fit import TrainConfig
-from unclip.training.task import PREVIEWS, StageTask, draw, train
+from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, train
+
+
+class RedrawnConfig(Config):
+    """Low-resolution copies as the decoder draws them that the upsampler will follow.
+
+    The share `share` of the pictures is noised, up to the share `level` of time, and drawn on from
+    there in `steps` steps by the decoder of `model`, told what they show. So a copy has a decoder's
+    flaws and still lies on its picture. Each batch has one level.
+    """
+
+    model: Place
+    share: float = Field(0.5, gt=0, le=1)
+    level: float = Field(0.4, gt=0, le=1)
+    steps: int = Field(3, ge=1)
 
 
 class UpsamplerRun(Config):
@@ -44,6 +61,7 @@ class UpsamplerRun(Config):
     degradation: Literal["blur", "bsr"]
     degraded: float = Field(1.0, ge=0, le=1)
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.6)
+    redrawn: RedrawnConfig | None = None
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -62,6 +80,8 @@ class UpsamplerRun(Config):
             raise ValueError("diffusion.learned_variance must be false for an upsampler")
         if self.model.residual and self.diffusion.target != "x0":
             raise ValueError("model.residual needs diffusion.target = x0")
+        if self.redrawn is not None and self.data.crop is not None:
+            raise ValueError("redrawn needs whole pictures: leave out data.crop")
         return self
 
 
@@ -91,15 +111,74 @@ class Shrunk:
         return replace(batch, low_res=low, noise=noise)
 
 
+class Redrawn:
+    """Puts the decoder's own drawings among the low-resolution copies; see `RedrawnConfig`.
+
+    **Raises**: `ConfigError` if the model has no decoder or CLIP, or draws another size.
+    """
+
+    def __init__(self, run: UpsamplerRun, accelerator: Accelerator) -> None:
+        assert run.redrawn is not None
+        self.how, self.seed = run.redrawn, run.train.seed
+        self.clip = frozen_clip(self.how.model, accelerator)
+        self.decoder = Source(self.how.model).stage("decoder").load(accelerator.device)
+        self.decoder.network.requires_grad_(False)
+        if self.decoder.encoder is not None:
+            where = f"redrawn.model = {self.how.model}"
+            check_same_encoder(self.clip.fingerprint, self.decoder.encoder, where)
+        if self.decoder.side != run.model.low:
+            raise ConfigError(
+                f"redrawn.model = {self.how.model} draws {self.decoder.side} px, but model.low = "
+                f"{run.model.low}: name a model whose pictures this upsampler enlarges"
+            )
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """The batch's copies, some of them redrawn. **Shapes**: → (B, 3, h, w)."""
+        assert batch.low_res is not None
+        low, ids, process = batch.low_res, batch.ids, self.decoder.diffusion
+        chosen = randomness.uniform(self.seed, "redrawn", ids) < self.how.share
+        rows = chosen.nonzero().flatten()  # numbers on the CPU: nothing has to be waited for
+        if len(rows) == 0:
+            return low
+        share = self.how.level * float(randomness.uniform(self.seed, "redrawn from", ids[:1]))
+        level = int(share * process.config.steps)
+        own = rows.to(low.device, non_blocking=True)
+        x0 = resize(batch.images[own], low.shape[-1]).clamp(-1, 1)
+        noise = randomness.normal(self.seed, "redrawing", ids[rows], x0.shape[1:]).to(x0)
+        t = torch.full((len(rows),), level, device=x0.device)
+        cond = Cond(
+            image_embed=self.clip.encode_image(batch.images[own]).float(),
+            text=self.clip.encode_text([batch.captions[k] for k in rows.tolist()])
+            if self.decoder.reads_text
+            else None,
+        )
+        config = self.decoder.sampling.model_copy(
+            update={"sampler": "ddim", "steps": min(self.how.steps, level + 1), "eta": 0.0}
+        )
+        drawn = self.decoder.draw(
+            cond,
+            self.decoder.shape,
+            config,
+            [torch.Generator() for _ in rows],
+            null_text=self.clip.null_text,
+            x_T=process.q_sample(x0, t, noise),
+            levels=level + 1,
+        )
+        return low.index_copy(0, own, drawn.to(low.dtype))
+
+
 class UpsamplerTask(StageTask):
     """Restore crops of pictures from their low-resolution, degraded copies."""
 
     run: UpsamplerRun
+    redrawn: Redrawn | None = None
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each crop, of which `Shrunk` has made a copy. **Shapes**: → (B,)."""
         assert batch.low_res is not None
-        low = resize(batch.low_res, batch.images.shape[-1])  # (B, 3, H, W)
+        copies = batch.low_res if self.redrawn is None else self.redrawn(batch)
+        low = resize(copies, batch.images.shape[-1])  # (B, 3, H, W)
         t, noise = draw(self.run, batch.ids, batch.images, batch.noise)
         return self.stage.diffusion.loss(model, batch.images, Cond(low_res=low), t, noise)
 
@@ -118,4 +197,7 @@ class UpsamplerTask(StageTask):
 def train_upsampler(run: UpsamplerRun, accelerator: Accelerator) -> Path:
     """Train one upsampler; the newest checkpoint's folder."""
     dataset = run.data.open(run.data.train)
-    return train(UpsamplerTask(run, train=dataset), run, dataset, accelerator, Shrunk(run))
+    task = UpsamplerTask(run, train=dataset)
+    if run.redrawn is not None:
+        task.redrawn = Redrawn(run, accelerator)
+    return train(task, run, dataset, accelerator, Shrunk(run))

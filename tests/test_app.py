@@ -1,0 +1,142 @@
+"""The web page's functions, called as the page calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unclip.app import verbs
+from unclip.app.forms import TABS
+from unclip.app.page import page
+from unclip.app.studio import Look, Made, Studio, models_near
+from unclip.cli.output import read_about
+from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.images import to_pil
+from unclip.pipeline import UnCLIP
+
+
+@pytest.fixture(scope="module")
+def studio(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    studio = Studio(tmp_path_factory.mktemp("out"), torch.device("cpu"), torch.float32)
+    studio.open(str(model_folder))
+    return studio
+
+
+@pytest.fixture
+def apple(tmp_path: Path) -> Path:
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "apple.png")
+    return tmp_path / "apple.png"
+
+
+def drawn(studio: Studio, verb: verbs.Verb, seed: int | None = 3, **given: Any) -> list[Made]:
+    assert studio.model is not None
+    options = verb.options(size=given.pop("size", 32), steps=given.pop("steps", 0))
+    events = list(studio.draw(verb, studio.model.name, seed, options, given))
+    assert any(isinstance(event, Look) for event in events)
+    return [event for event in events if isinstance(event, Made)]
+
+
+def test_text_draws_what_the_library_draws_and_its_png_says_how(
+    studio: Studio, pipe: UnCLIP
+) -> None:
+    made = drawn(studio, verbs.TEXT, caption="a red apple", n=2)
+    expected = pipe.text_to_image("a red apple", n=2, seed=3, size=32)
+    for one, picture in zip(made, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(one.path)), np.asarray(picture))
+    about = read_about(made[1].path)
+    assert (about["prompt"], about["seed"], made[1].seed) == ("a red apple", 4, 4)
+    assert about["settings"]["verb"] == "text" and about["settings"]["given"] == {"n": 2}
+
+
+def test_every_other_verb_draws(studio: Studio, apple: Path) -> None:
+    mask = Image.new("RGBA", (20, 16))
+    mask.paste((255, 0, 0, 255), (0, 0, 10, 16))
+    painted = {"background": Image.open(apple), "layers": [mask]}
+    weights = {"first_weight": 0.5, "second_weight": 0.5, "caption_weight": 1.0}
+    assert len(drawn(studio, verbs.VARY, picture=apple, change=1, n=2)) == 2
+    assert len(drawn(studio, verbs.VARY, steps=2, picture=apple, change=0.5, n=1)) == 1
+    mixed = {"first": apple, "second": None, "caption": "a red apple", "n": 1}
+    assert len(drawn(studio, verbs.MIX, **mixed, **weights)) == 1
+    ends = {"first": apple, "second": apple, "frames": 3, "fixed_noise": True}
+    assert [one.seed for one in drawn(studio, verbs.INTERPOLATE, steps=2, **ends)] == [3, 3, 3]
+    turned = {"picture": apple, "source": "", "caption": "a red apple", "strength": "0,0.5"}
+    assert len(drawn(studio, verbs.EDIT, steps=2, **turned)) == 2
+    new = {"caption": "", "strength": 1, "repeats": 1, "n": 1}
+    assert len(drawn(studio, verbs.INPAINT, steps=2, painted=painted, **new)) == 1
+    assert len(drawn(studio, verbs.UPSCALE, picture=apple)) == 1
+
+
+def test_the_last_preview_is_the_picture(pipe: UnCLIP) -> None:
+    seen: list[tuple[str, torch.Tensor]] = []
+    (picture,) = pipe.text_to_image(
+        "a red apple", seed=1, preview=lambda stage, rows, x0: seen.append((stage, x0))
+    )
+    assert [stage for stage, _ in seen] == [
+        stage.name for stage in pipe.stages for _ in range(stage.sampling.steps)
+    ]
+    np.testing.assert_array_equal(np.asarray(to_pil(seen[-1][1][0])), np.asarray(picture))
+
+
+@pytest.mark.parametrize(
+    ("given", "error"), [({"n": 99}, ConfigError), ({"n": 1, "steps": 5000}, ConfigError)]
+)
+def test_what_is_too_much_is_refused(studio: Studio, given: dict[str, Any], error: type) -> None:
+    with pytest.raises(error, match="at most"):
+        drawn(studio, verbs.TEXT, caption="a red apple", **given)
+
+
+def test_a_broken_upload_is_a_data_error(studio: Studio, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        drawn(studio, verbs.UPSCALE, picture=broken)
+    with pytest.raises(DataError, match="says nothing"):
+        read_about(broken)
+    with pytest.raises(DataError, match="no picture yet"):
+        drawn(studio, verbs.UPSCALE, picture=None)
+
+
+def test_a_painted_picture_that_is_too_large_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="5000 x 4000, more than the 16,000,000 pixels"):
+        verbs.unpainted({"background": Image.new("L", (5000, 4000)), "layers": []})
+
+
+def test_a_call_that_is_closed_stops_and_the_next_one_runs(studio: Studio) -> None:
+    assert studio.model is not None
+    options = verbs.TEXT.options(steps=900)
+    given = {"caption": "a red apple", "n": 1}
+    before = set(studio.out.iterdir())
+    call: Iterator[Any] = studio.draw(verbs.TEXT, studio.model.name, 77, options, given)
+    with closing(call):  # type: ignore[type-var]
+        assert isinstance(next(call), Look)
+    assert len(drawn(studio, verbs.TEXT, **given)) == 1  # waits for the lock of the first
+    assert len(set(studio.out.iterdir()) - before) == 1
+
+
+def test_an_unknown_model_is_said_to_be_so(studio: Studio) -> None:
+    with pytest.raises(CheckpointError, match="no model"):
+        studio.open("/nowhere/at-all")
+
+
+def test_the_page_builds_and_every_field_has_a_label(studio: Studio) -> None:
+    assert studio.model is not None
+    blocks = page(studio, studio.model)
+    fields = [x for x in blocks.blocks.values() if isinstance(x, gr.components.FormComponent)]
+    assert fields and all(x.label for x in fields)
+    assert [tab.verb.name for tab in TABS] == [
+        "text", "vary", "mix", "interpolate", "edit", "inpaint", "upscale",
+    ]  # fmt: skip
+
+
+def test_models_are_found_in_runs_and_weights(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "tiny").symlink_to(model_folder)
+    assert models_near(tmp_path) == [str(tmp_path / "weights" / "tiny")]
