@@ -262,49 +262,12 @@ def test_a_negative_prompt_leads_away_in_prior_and_decoder():
 def test_what_guides_the_decoder_is_asked_for_by_call(pipe):
     """The tiny decoder's guidance is 2."""
     plain = pipe.text_to_image(APPLE, size=16)[0]
-    same(pipe.text_to_image(APPLE, size=16, text_guidance=2.0, interval=(0, 1))[0], plain, levels=1)
-    for option in ({"text_guidance": 4.0}, {"interval": (0.9, 1)}, {"threshold": 0.9}):
-        assert distance(pipe.text_to_image(APPLE, size=16, **option)[0], plain) > 0.003
-        with pytest.raises(ConfigError, match="no effect here"):
-            pipe.upscale(picture(), **option)
-        with pytest.raises(ConfigError, match="no effect here"):
-            pipe.text_to_embedding(APPLE, **option)
-
-
-def test_a_model_guided_by_itself_is_not_guided_and_by_another_goes_further(tmp_path):
-    pipe, how = guided_pipeline(), {"size": 16, "n": 2}
-    pipe.save_pretrained(tmp_path / "same")
-    off = pipe.text_to_image(APPLE, **how, guidance={"prior": 1.0, "decoder": 1.0})
-    for a, b in zip(
-        pipe.guided_by(tmp_path / "same").text_to_image(APPLE, **how), off, strict=True
-    ):
-        same(a, b, levels=1)
-    worse = tiny_pipeline()
-    for own in (worse.prior, worse.decoder):
-        randomise(own.network, 5)
-    worse.save_pretrained(tmp_path / "worse")
-    by_worse = pipe.guided_by(tmp_path / "worse")
-    z = pipe.encode_image(picture())
-    assert distance(*(p.image_from_embedding(z, size=16)[0] for p in (pipe, by_worse))) > 0.01
-    alone = pipe.text_to_embedding(APPLE, prior_candidates=1, guidance=1.0)
-    told = by_worse.text_to_embedding(APPLE, prior_candidates=1)
-    assert not torch.allclose(told, alone, atol=1e-3)
-    unguided = by_worse.text_to_embedding(APPLE, prior_candidates=1, guidance=1.0)
-    torch.testing.assert_close(unguided, alone)
-
-
-def test_a_guide_must_draw_the_same_thing_in_the_same_way(tmp_path):
-    pipe, decoder = tiny_pipeline(), tiny_pipeline().decoder
-    other = stage("decoder", decoder.network, pipe.clip, target="x0")
-    with pytest.raises(CheckpointError, match=r"decoder can't be guided.*target must agree"):
-        pipe.decoder.guided_by(other)
-    prior = tiny_pipeline().prior
-    prior.network.scale.std.mul_(2)
-    with pytest.raises(CheckpointError, match="scale of embeddings must agree"):
-        pipe.prior.guided_by(prior)
-    UnCLIP(pipe.clip, upsamplers=pipe.upsamplers).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no prior or decoder"):
-        pipe.guided_by(tmp_path)
+    same(pipe.text_to_image(APPLE, size=16, interval=(0, 1))[0], plain, levels=1)
+    assert distance(pipe.text_to_image(APPLE, size=16, interval=(0.9, 1))[0], plain) > 0.003
+    with pytest.raises(ConfigError, match="no effect here"):
+        pipe.upscale(picture(), interval=(0.9, 1))
+    with pytest.raises(ConfigError, match="no effect here"):
+        pipe.text_to_embedding(APPLE, interval=(0.9, 1))
 
 
 def test_priors_are_chosen_by_name():
@@ -391,7 +354,7 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
         (lambda p: p.reconstruct(picture(), sampler="dpm++", eta=0.5), "ddim"),
         (lambda p: p.variations(picture(), prior="text"), "no effect"),
         (lambda p: p.text_to_image(APPLE, interval=(0.5, 0.1)), "interval"),
-        (lambda p: p.reconstruct(picture(), threshold=0.9), "threshold needs clip"),
+        (lambda p: p.text_to_image(APPLE, threshold=0.9), "unknown option 'threshold'"),
         (lambda p: p.upscale(picture(), negative_prompt=APPLE), "no effect"),
     ],
 )

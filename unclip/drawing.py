@@ -207,7 +207,7 @@ def drawer(opts: Options, stages: Sequence[Stage], reader: Reader, dtype: torch.
         stage: Stage, cond: Cond, generators: Sequence[torch.Generator], /, **more: Any
     ) -> Tensor:
         null_text = None if cond.text is None else reader.null_text()
-        with resident([stage.network, stage.last, stage.guide], reader.device):
+        with resident([stage.network, stage.last], reader.device):
             return stage.draw(
                 cond,
                 stage.shape,

@@ -189,27 +189,6 @@ class UnCLIP:
         other.decoder = replace(self.need("decoder", "pictures"), sampling=sampling)
         return other
 
-    def guided_by(self, folder: str | Path | Source) -> Self:
-        """The same model, its guidance leading away from what worse networks say (autoguidance).
-
-        Those are the prior and the decoder in `folder`, of an earlier checkpoint, say: trained less
-        but alike (Karras et al. 2024). Guidance 1 is off.
-
-        **Raises**: `CheckpointError` if none of the two is there, or not as here.
-        """
-        source = folder if isinstance(folder, Source) else Source(folder)
-        other, found = copy(self), False
-        for name in ("prior", "decoder"):
-            stage: Stage | None = getattr(self, name)
-            if stage is not None and name in source.stages:
-                place = next(stage.network.parameters()).device
-                worse = source.stage(name).load(place, self.dtype)
-                setattr(other, name, stage.guided_by(worse))
-                found = True
-        if not found:
-            raise CheckpointError(f"{source.root} has no prior or decoder to guide this model's")
-        return other
-
     def varied(self, options: Options) -> Options:
         """Options for variations: `eta` 1 where DDIM samples the decoder and none is given."""
         return options.fresh(1.0, self.need("decoder", "pictures"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,6 @@ import typer
 from unclip.cli.arguments import (
     Device,
     Guidance,
-    Guide,
     ModelArgument,
     Precision,
     Prior,
@@ -86,7 +85,7 @@ class Measuring:
         }
         options |= {"prior_candidates": self.prior_candidates}
         options |= {} if prior is None else {"prior": prior}
-        asked: dict[str, Any] = {"features": tuple(self.features)} if self.features else {}
+        asked = {"features": tuple(self.features)} if self.features else {}
         return Request(
             self.data,
             self.held_out,
@@ -153,7 +152,6 @@ def experiment(
     model: ModelArgument = None,
     *,
     measuring: Measuring,
-    guide: Guide = None,
 ) -> None:
     """Make one of the paper's experiments with a model: a table, and a figure of it.
 
@@ -162,12 +160,8 @@ def experiment(
     source = measuring.source(model)
 
     from unclip.evaluation.experiments import EXPERIMENTS
-    from unclip.sources import Source
 
     request, weights, out = measuring.request(), source.hash, measuring.out
-    if guide is not None:
-        weights += Source(guide).hash
-        request = replace(request, guide=str(guide))
     pipe = measuring.load(source)
     with _as_they_are():
         found = EXPERIMENTS[name](pipe, weights, request, out / "pictures")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from unclip.options import Options
     from unclip.pipeline import UnCLIP
 
-OWN = ("text_guidance", "threshold")  # the decoder's, and as they were said
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -73,15 +72,11 @@ class Making:
             from unclip.edit import exact as as_inverted
 
             self.pipe = as_inverted(self.pipe)
-        named |= {name: getattr(asked, name) for name in ("size", "tile", *OWN)}
+        named |= {name: getattr(asked, name) for name in ("size", "tile")}
         if asked.interval is not None:
             named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
-        if asked.guide is not None:
-            guide = Source(asked.guide)
-            self.pipe = self.pipe.guided_by(guide)
-            self.about["guide"] = guide.hash
 
     @property
     def settings(self) -> dict[str, Any]:

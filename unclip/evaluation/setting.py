@@ -40,7 +40,7 @@ OWN = "own"
 class Request:
     """What to measure a model on. `captions` is a pattern (`Wording`), `judge` a CLIP that took no
     part in sampling, `options` those of a pipeline's call; at most `limit` captions a group,
-    `seeds` pictures of each name alone; `guide` is a worse model to be guided by."""
+    `seeds` pictures of each name alone."""
 
     data: str = "emoji"
     held_out: str | None = None
@@ -51,7 +51,6 @@ class Request:
     seeds: int = 4
     upscaled: int = 24
     options: Mapping[str, Any] = field(default_factory=dict)
-    guide: str | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -135,10 +134,8 @@ def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[S
     if pipe.decoder is None or pipe.clip is None:
         missing = "decoder" if pipe.decoder is None else "CLIP encoder"
         raise CheckpointError(f"this model has no {missing}, which evaluation needs")
-    asked = asdict(request) | {"limit": 0, "features": [], "judge": ""}  # what changes no picture
-    del asked["guide"]  # its weights are in `model`
-    settings = [model, str(pipe.dtype), asked]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    settings = [model, str(pipe.dtype), asdict(request) | {"limit": 0, "features": [], "judge": ""}]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()  # what changes no picture: 0
     with ExitStack() as stack:
         judges = _judges(pipe, request)
         eyes = _open_eyes(pipe, request, judges, stack)

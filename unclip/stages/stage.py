@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unclip.clip.fingerprint import Fingerprint, check_same_encoder
+from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.tiling import Tiled
-from unclip.errors import CheckpointError
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
@@ -55,8 +54,7 @@ def chunk_size(side: int, device: torch.device) -> int:
 class Stage:
     """One diffusion stage. `encoder` is the CLIP it was trained with; upsamplers have none.
 
-    `last` is a second network for the final sampling step, which Karlo's upsampler has. `guide` is
-    a worse network, as this one was earlier, that guidance leads away from (see `guided`).
+    `last` is a second network for the final sampling step, which Karlo's upsampler has.
     """
 
     name: str
@@ -65,7 +63,6 @@ class Stage:
     sampling: SamplingConfig
     encoder: Fingerprint | None = None
     last: Any = None
-    guide: Any = None
 
     @property
     def config(self) -> Any:
@@ -102,28 +99,6 @@ class Stage:
         """Whether the network is told a caption."""
         return getattr(self.config, "text_width", None) is not None
 
-    def guided_by(self, worse: Stage) -> Stage:
-        """The same stage with another's network as its guide.
-
-        **Raises**: `CheckpointError` if what they draw, or how, does not compare.
-        """
-        if self.encoder is not None and worse.encoder is not None:
-            check_same_encoder(self.encoder, worse.encoder, f"the guide's {self.name}")
-        ours, theirs = self.diffusion.config, worse.diffusion.config
-        keys = ("schedule", "steps", "target", "learned_variance")
-        differ = [key for key in keys if getattr(ours, key) != getattr(theirs, key)]
-        if self.shape != worse.shape:
-            differ.append(f"shape {worse.shape}, not {self.shape}")
-        elif self.kind == "prior":
-            probe = torch.eye(self.width, device=self.network.scale.mean.device)
-            if not torch.allclose(self.network.scale(probe), worse.network.scale(probe), atol=1e-2):
-                differ.append("scale of embeddings")
-        if differ:
-            raise CheckpointError(
-                f"the {self.name} can't be guided by that one: {', '.join(differ)} must agree"
-            )
-        return replace(self, guide=worse.network)
-
     def embeddings(self, drawn: Tensor) -> Tensor:
         """Raw CLIP embeddings of what a prior drew. **Shapes**: (B, D) → (B, D)."""
         return self.network.scale.inverse(drawn)
@@ -150,7 +125,6 @@ class Stage:
             config,
             null_text=null_text,
             negative=negative,
-            guide=self.guide,
             last=last,
             dtype=dtype,
         )
