@@ -130,7 +130,7 @@ def paper(names: Sequence[str]) -> None:
     for name in names or known:
         if run(known[name]):
             show(known[name])
-            page = told(known[name], page)
+            page = told(known[name], PAGE.read_text(encoding="utf-8"))
             with replacing(PAGE) as beside:
                 beside.write_text(page, encoding="utf-8")
 
