@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 PROMPT ?= a red apple
 MODEL ?= weights/emoji
 
-.PHONY: sample test test-avx2 test-slow test-web lint learn paper clean
+.PHONY: sample test test-avx2 test-slow test-web test-docs docs lint learn paper clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,17 @@ test-avx2: $(BIN)/.ready
 test-slow: $(BIN)/.ready
 	$(BIN)/python -m pytest -m slow
 
+# The pages build without a warning, plans are as shown, the notebooks run on the shipped model.
+test-docs: $(BIN)/.docs
+	$(BIN)/python -m pytest -m docs
+
+docs: $(BIN)/.docs
+	$(BIN)/python -m sphinx -qW --keep-going docs docs/_build
+
+$(BIN)/.docs: $(BIN)/.ready
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 # The web page in a real Chromium (`apt-get install chromium`, or any Chrome); without one it is
 # skipped. With SCREENSHOTS=docs the pictures of the docs are made anew.
 test-web: $(BIN)/.ready
@@ -49,4 +60,4 @@ paper: $(BIN)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper.py
 
 clean:
-	rm -rf $(VENV) runs out .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs out docs/_build .pytest_cache .ruff_cache .mypy_cache

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "diffusion", "clip"),
     ("stages",),
     ("interop", "data"),
-    ("sources", "options", "reader", "drawing"),
+    ("sources", "options", "reader", "drawing", "summary", "hub"),
     ("edit",),
     ("pipeline", "training"),
     ("assemble", "evaluation", "doctor"),

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def nodes() -> ModuleType:
     return module
 
 
-def call(nodes: ModuleType, name: str, **inputs: object) -> torch.Tensor:
+def call(nodes: ModuleType, name: str, **inputs: object) -> Any:
     """Run a node with exactly the inputs that it declares."""
     node = nodes.NODE_CLASS_MAPPINGS[name]
     assert set(node.INPUT_TYPES()["required"]) == set(inputs)
@@ -56,6 +57,17 @@ def test_a_variation_and_an_upscaled_picture_have_the_size_asked_for(
     small = varied[:1, :8, :8]
     larger = call(nodes, "UnclipUpscale", model=pipe, image=small, seed=0, size=side)
     assert larger.shape == (1, side, side, 3)
+
+
+def test_a_folder_is_loaded_as_the_library_loads_it(
+    nodes: ModuleType, pipe: UnCLIP, model_folder: Path
+) -> None:
+    model = call(nodes, "UnclipLoad", model=str(model_folder), dtype="fp32")
+    assert isinstance(model, UnCLIP)
+    size, asked = pipe.sizes[0], {"prompt": "a red apple", "n": 1, "seed": 0}
+    drawn = call(nodes, "UnclipTextToImage", model=model, size=size, **asked)
+    expected = to_tensor(pipe.text_to_image("a red apple", size=size)[0])
+    torch.testing.assert_close(drawn[0].movedim(-1, 0) * 2 - 1, expected)
 
 
 def test_pictures_keep_their_pixels_both_ways(nodes: ModuleType) -> None:

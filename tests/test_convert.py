@@ -456,7 +456,7 @@ def test_a_hub_id_is_downloaded_without_pickles(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.update(repo=repo, patterns=allow_patterns)
         return str(karlo)
 
@@ -468,7 +468,7 @@ def test_a_hub_id_is_downloaded_without_pickles(
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

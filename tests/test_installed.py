@@ -34,6 +34,16 @@ def test_the_shell_answers_before_torch_is_loaded() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_a_picture_that_is_not_there_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
+    """It took seven seconds to say so."""
+    code = "import sys\nfrom unclip.cli import main\ntry:\n    main(sys.argv[1:])\n"
+    code += "except SystemExit as error:\n    print(error.code, 'torch' in sys.modules)"
+    for verb in ("vary", "upscale"):
+        command = [sys.executable, "-c", code, verb, "absent.png"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert done.stdout.strip() == "3 False" and "no picture at absent.png" in done.stderr
+
+
 def test_torchvision_can_be_imported_where_unclip_is_but_not_installed() -> None:
     """Its operators are declared when it is looked for, not when unclip is imported."""
     code = "import unclip, torchvision.transforms.v2, torch; torch.ops.torchvision.nms; print(1)"
@@ -129,6 +139,8 @@ def test_new_goes_on_from_a_model(
         assert (run.model, run.diffusion) == (stage.config, stage.diffusion.config)
         assert run.sampling == stage.sampling
         assert run.clip == run.train.init == start and run.train.sample_every == 50
+        assert (run.data.train, run.data.val) == ("shapes:val", None)
+        assert run.train.out == f"mine/{one.file.stem}"
     command = new.assembling(Path("mine"), written, start)
     assert command == (
         f"unclip assemble --clip {start} --prior mine/prior --decoder mine/decoder "

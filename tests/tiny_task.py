@@ -65,7 +65,7 @@ class TinyTask:
         torch.manual_seed(config.train.seed)
         self.config = config
         self.model: nn.Module = TinyModel(config.dropout)
-        self.product: nn.Module = self.model
+        self.product = self.trained = self.model
 
     def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, Tensor]:
         x = randomness.normal(self.config.train.seed, "x", batch.ids, (4,))

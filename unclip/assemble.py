@@ -13,6 +13,7 @@ from unclip.files.disk import check_writable, from_home
 from unclip.files.folder import INDEX
 from unclip.pipeline import UnCLIP
 from unclip.sources import Source
+from unclip.stages.lora import Lora, read_loras
 from unclip.stages.stage import Stage
 
 
@@ -24,8 +25,11 @@ def assemble(
     upsamplers: Sequence[str | Path],
     dtype: torch.dtype = torch.float32,
     ar_prior: str | Path | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> UnCLIP:
     """Take each stage from a run's newest checkpoint or a folder, ours or Karlo's, and write `out`.
+
+    `lora` are low-rank changes, which are merged into the stages that they are of.
 
     **Raises**: `ConfigError` if there is nothing to do or `out` holds a model already;
     `CheckpointError` if a stage is missing, or trained with another CLIP encoder than the rest.
@@ -42,18 +46,26 @@ def assemble(
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{name} is in more than one of the folders given")
-    pipe = UnCLIP(
-        encoder,
-        Source(prior).stage("prior").load() if prior is not None else None,
-        Source(decoder).stage("decoder").load() if decoder is not None else None,
-        chosen,
-        ar_prior=Source(ar_prior).stage("ar_prior").load() if ar_prior is not None else None,
-    )
+    changes = {change.stage: change for change in read_loras(lora)}
+    named = {"prior": prior, "ar_prior": ar_prior, "decoder": decoder}
+    for name in changes:
+        if named.get(name) is None:
+            raise ConfigError(f"{changes[name].file} changes a {name}, and none is named")
+    found = {
+        name: None if source is None else _stage(source, name, changes.get(name))
+        for name, source in named.items()
+    }
+    pipe = UnCLIP(encoder, found["prior"], found["decoder"], chosen, ar_prior=found["ar_prior"])
     try:
         pipe.save_pretrained(out, dtype)
     except OSError as error:
         raise ConfigError(f"can't write into {out}: {error.strerror or error}") from None
     return pipe
+
+
+def _stage(name: str | Path, stage: str, lora: Lora | None) -> Stage:
+    changes = [] if lora is None else [lora]
+    return Source(name).change(changes).stage(stage).load()
 
 
 def _upsamplers(name: str | Path) -> list[Stage]:

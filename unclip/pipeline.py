@@ -23,11 +23,13 @@ from unclip.drawing import Drawing, Start, drawer, upscaled
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.disk import from_home
 from unclip.files.folder import update_index
+from unclip.hub import push
 from unclip.inputs import Picture, as_number, as_pictures, as_seeds
 from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.precision import default_dtype
 from unclip.reader import NO_CLIP, Reader
 from unclip.sources import Source
+from unclip.stages.lora import read_loras
 from unclip.stages.prior import check_prior, draw_embeddings
 from unclip.stages.stage import Draw, Stage
 from unclip.stages.upsampler import route
@@ -69,6 +71,7 @@ class UnCLIP:
         upsampler_1024: str | Path | None = None,
         offload: bool = False,
         variant: str | None = None,
+        lora: Sequence[str | Path] = (),
     ) -> UnCLIP:
         """Load a model folder, a run folder (its newest checkpoint) or one in Karlo's layout.
 
@@ -76,12 +79,14 @@ class UnCLIP:
         copy of the weights to read where there are several, such as fp16. Without `dtype` networks
         compute in half precision on an accelerator, in float32 on a CPU.
         `upsampler_1024` is a folder from which that stage is taken. With `offload` weights stay in
-        main memory and only the stage at work is on `device`.
+        main memory and only the stage at work is on `device`. `lora` are folders, runs or hub ids
+        of low-rank changes of its stages, which are merged into the weights as these are read.
 
         **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
         """
         dtype = default_dtype(device) if dtype is None else dtype
         source = folder if isinstance(folder, Source) else Source(folder, variant)
+        source.change(read_loras(lora))
         if upsampler_1024 is not None:
             source.stages["upsampler_1024"] = Source(upsampler_1024).stage("upsampler_1024")
         clip, stages = source.load("cpu" if offload else device, dtype)
@@ -96,14 +101,26 @@ class UnCLIP:
             stages.get("ar_prior"),
         )
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write every stage as a model folder, in `dtype` or as they are."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        push_to_hub: str | None = None,
+        **more: Any,
+    ) -> None:
+        """Write every stage as a model folder, in `dtype` or as they are.
+
+        `push_to_hub` is a name on the hub (owner/name) to which it is then sent, with `more` as
+        keywords of `hub.push`: private, revision, licence, notes, token.
+        """
         folder = from_home(folder)
         if self.clip is not None:
             self.clip.save(folder, dtype)
         for stage in self.stages:
             stage.save(folder, dtype=dtype)
         update_index(folder, prior_candidates=self.prior_candidates)
+        if push_to_hub is not None:
+            push(folder, push_to_hub, **more)
 
     @property
     def stages(self) -> list[Stage]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from unclip.files.disk import sha256
 from unclip.files.find import resolve_folder
 from unclip.files.folder import WEIGHTS, WEIGHTS_LAST, read_index
 from unclip.interop import karlo
+from unclip.stages.lora import Lora, Merged
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage, read_stage
 
@@ -66,7 +69,8 @@ class Source:
         known = read_manifest(self.root) if (self.root / MANIFEST).is_file() else {}
         digest = hashlib.sha256()
         for file in (file for files in self.weights.values() for file in files):
-            entry = known.get(file.relative_to(self.root).as_posix())
+            own = file.is_relative_to(self.root)
+            entry = known.get(file.relative_to(self.root).as_posix()) if own else None
             digest.update((entry["sha256"] if entry else sha256(file)).encode())
         return digest.hexdigest()[:12]
 
@@ -76,6 +80,17 @@ class Source:
             there = ", ".join(self.stages) or "none"
             raise CheckpointError(f"no stage {name!r} in {self.root}, which has {there}")
         return self.stages[name]
+
+    def change(self, loras: Iterable[Lora]) -> Source:
+        """Have stages' weights read with low-rank changes of theirs, whose files then count too.
+
+        **Raises**: `CheckpointError` if there is no such stage, or a change is of another.
+        """
+        for lora in loras:
+            stored = self.stage(lora.stage)
+            self.stages[lora.stage] = replace(stored, tensors=Merged(stored.tensors, lora))
+            self.weights[lora.stage].append(lora.file)
+        return self
 
     def load(
         self, device: torch.device | str, dtype: torch.dtype

@@ -41,6 +41,7 @@ for verb in (
     models.info,
     models.assemble,
     models.convert,
+    models.push,
     training.train,
     training.configs,
     training.new,

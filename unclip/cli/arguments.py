@@ -11,16 +11,28 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, DataError
 from unclip.text import meant
 
 SEEDS = 2**63 - 1
+
+
+def there(path: Path) -> Path:
+    """A file that is there, which is said before seconds of imports. **Raises**: `DataError`."""
+    if not path.expanduser().exists():
+        kind = "embeddings" if path.suffix in (".safetensors", ".npy") else "picture"
+        raise DataError(f"no {kind} at {path}")
+    return path
+
+
 Dtype = Literal["fp32", "fp16", "bf16"]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")]
 Prompts = Annotated[
     list[str] | None, typer.Argument(metavar="PROMPT", parser=meant, help="In quotes.")
 ]
-Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
+Picture = Annotated[
+    Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.", callback=there)
+]
 Pictures = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG, PNG or WebP.")]
 N = Annotated[int, typer.Option("--n", min=1, help="Pictures for each prompt, or each input.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Picture k uses seed + k.")]
@@ -59,6 +71,10 @@ ModelArgument = Annotated[Path | None, typer.Argument(help=MODEL)]
 Variant = Annotated[
     str | None, typer.Option(help="Of a folder like Karlo's with several copies of weights: fp16 …")
 ]
+Lora = Annotated[
+    list[Path] | None,
+    typer.Option(help="A LoRA of one of its stages: a folder, a run or a hub id; repeatable."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …, or auto.")]
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep one stage at a time on the device: less memory.")
@@ -85,6 +101,7 @@ class Asked:
     out: Out = Path("out")
     form: Format = None
     model: Model = None
+    lora: Lora = None
     variant: Variant = None
     device: Device = "auto"
     dtype: Precision = None

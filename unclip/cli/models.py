@@ -1,4 +1,4 @@
-"""The verbs that work on models: info, assemble, convert, measure."""
+"""The verbs that work on models: info, assemble, convert, push, measure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import typer
 
 from unclip.cli.arguments import Device, Dtype, ModelArgument, Variant
 from unclip.cli.shell import default_model, to_device, to_dtype
+from unclip.errors import ConfigError
 
 
 def info(folder: ModelArgument = None, variant: Variant = None) -> None:
     """List the stages of a model: parameters, sizes, samplers, encoder, megabytes on disk."""
-    from unclip.cli.summary import summarise
     from unclip.sources import Source
+    from unclip.summary import summarise
 
     source = Source(folder or default_model(), variant)
     stages = summarise(source)
@@ -47,12 +48,16 @@ def assemble(
     upsampler: Annotated[
         list[Path] | None, typer.Option(help="Run or model folder of upsamplers; repeatable.")
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run or folder of a LoRA, merged into its stage; repeatable."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the stored weights.")] = "fp32",
 ) -> None:
     """Collect stages from runs (their newest averaged weights) into one model folder."""
     from unclip.assemble import assemble as collect
 
-    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype), ar_prior)
+    collect(out, clip, prior, decoder, upsampler or [], to_dtype(dtype), ar_prior, lora or [])
     print(out)
 
 
@@ -78,6 +83,33 @@ def convert(
     for note in carry(root, out, wanted, variant=variant, allow_pickle=allow_pickle):
         print(f"note: {note}", file=sys.stderr)
     print(out)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model folder, a run, or a LoRA of one.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, made if it is not there [default: main].")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For its card: apache-2.0, mit, cc-by-4.0 …")
+    ] = None,
+    notes: Annotated[
+        Path | None, typer.Option(help="Markdown for its card: data, figures, what it can't do.")
+    ] = None,
+) -> None:
+    """Send a model to the Hugging Face hub, with a card; HF_TOKEN is who you are there.
+
+    A README.md in the folder is its card; otherwise one is written from the stages.
+    """
+    from unclip.hub import push as send
+
+    try:
+        said = notes.read_text(encoding="utf-8") if notes else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--notes {notes} can't be read: {error}") from None
+    print(send(folder, repo, private=private, revision=revision, licence=licence, notes=said))
 
 
 def measure(

@@ -19,6 +19,7 @@ from unclip.cli.arguments import (
     Precision,
     Prior,
     Prompts,
+    there,
 )
 from unclip.cli.shell import Making, default_model, precision, square, to_device
 from unclip.errors import ConfigError
@@ -81,7 +82,10 @@ def _batch(file: Path, n: int, asked: Asked, negative: str | None, more: dict[st
 
 def vary(
     source: Annotated[
-        Path, typer.Argument(metavar="IMAGE|EMBEDDINGS", help="A picture, .safetensors or .npy.")
+        Path,
+        typer.Argument(
+            metavar="IMAGE|EMBEDDINGS", help="A picture, .safetensors or .npy.", callback=there
+        ),
     ],
     n: N = 1,
     *,

@@ -62,8 +62,10 @@ class Making:
         from unclip.options import Options  # seconds of imports, so only for a model that is there
         from unclip.pipeline import UnCLIP
         from unclip.sources import Source
+        from unclip.stages.lora import read_loras
 
-        model = Source(root, asked.variant, found=True)
+        lora = asked.lora or []
+        model = Source(root, asked.variant, found=True).change(read_loras(lora))
         device = to_device(asked.device)
         dtype = precision(asked.dtype, device)
         self.hash = model.hash
@@ -76,7 +78,8 @@ class Making:
         if asked.interval is not None:
             named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
-        self.about = {"verb": verb, "source": source, "dtype": name_of(dtype)}
+        changes = [str(path) for path in lora] or None
+        self.about = {"verb": verb, "source": source, "dtype": name_of(dtype), "lora": changes}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, UnclipError
 from unclip.files.checkpoints import MANIFEST, check_manifest, newest_checkpoint
 from unclip.files.diffusers import PIPELINE
 from unclip.files.folder import INDEX
@@ -15,13 +17,14 @@ from unclip.shipped import located
 def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """The model folder that a name means: itself, a run's newest sound checkpoint, or a hub id's.
 
-    A folder in Karlo's layout is one too; `weights/emoji` is the shipped one wherever we are.
-    `allow_pickle` downloads `.bin` files as well.
+    A folder in Karlo's layout is one too; `weights/emoji` is the shipped one wherever we are. An id
+    is `owner/name`, or `owner/name@revision` for a branch, a tag or a commit. `allow_pickle`
+    downloads `.bin` files as well.
 
     **Raises**: `CheckpointError` if there is none.
     """
     path = located(source)
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source))
     if is_id and not path.parent.is_dir():  # below a folder that is there it would be a path
         path = _download(str(source), allow_pickle)
     if (path / INDEX).is_file():
@@ -44,15 +47,39 @@ def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
     )
 
 
-def _download(repo: str, allow_pickle: bool) -> Path:
-    """The newest snapshot of a model on the Hugging Face hub, from the cache where it is there."""
+def _download(name: str, allow_pickle: bool) -> Path:
+    """A snapshot of a model on the Hugging Face hub, from the cache where it is there.
+
+    It is the newest one, or that of the branch, tag or commit behind an @.
+    """
     from huggingface_hub import snapshot_download
 
+    repo, _, revision = name.partition("@")
     wanted = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+    what = f"no model at {name}: there is no such folder, and the hub gave none"
+    with hub_errors_explained(CheckpointError, what):
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
+    return Path(found)
+
+
+@contextmanager
+def hub_errors_explained(kind: type[UnclipError], what: str) -> Iterator[None]:
+    """**Raises**: `kind` saying what went wrong, and why."""
+    from huggingface_hub import constants, errors
+
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
+        yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"no model at {repo}: there is no such folder, and the hub gave none ({reason})"
-        ) from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set, and the cache has not all of it"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = "it has no such revision"
+        elif status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
+            reason = (
+                "there is none of that name that you may use; what is private, and writing, needs "
+                "HF_TOKEN or `hf auth login`"
+            )
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise kind(f"{what} ({reason})") from None

@@ -26,6 +26,7 @@ from unclip.files.tensors import TensorFile, load_tensors
 from unclip.models.ar_prior import ArPriorConfig
 from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 from unclip.stages.kinds import KINDS, Kind, build
+from unclip.stages.lora import LORA
 from unclip.stages.stage import Stage
 
 GONE = ("text_guidance", "threshold")  # settings that models may name, None in all of them
@@ -73,6 +74,11 @@ def read_stage(folder: Path, name: str) -> StoredStage:
     expected = stage_kind(name)  # a name from an index must not lead out of the folder
     data = read_stage_config(folder, name)
     where = str(folder / name / CONFIG)
+    if data.get("kind") == LORA:
+        raise CheckpointError(
+            f"{where} is a LoRA, which changes a {expected}: name the model that it was made for "
+            f"({data.get('base')}), and this as --lora"
+        )
     kind = KINDS.get(str(data.get("kind")))
     if kind is None or kind.name != expected:
         raise CheckpointError(

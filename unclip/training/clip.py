@@ -86,7 +86,7 @@ class TowersTask:
     ) -> None:
         self.run, self.val, self.step = run, val, 0
         self.towers, self.preprocess, self.encoder = towers, preprocess, encoder
-        self.product = self.model = towers.model
+        self.product = self.model = self.trained = towers.model
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Image.Image | None:
@@ -156,7 +156,7 @@ class ClipTask(TowersTask):
         super().__init__(run, val, towers, preprocess, run.name)
         if run.restore is not None or run.teacher is not None:
             width = self.teacher.width if self.teacher is not None else 0
-            self.model = AidedCLIP(towers, run.restore, run.teacher, width)
+            self.model = self.trained = AidedCLIP(towers, run.restore, run.teacher, width)
             self.restored = self.model.error if run.restore is not None else None
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:

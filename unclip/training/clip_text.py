@@ -96,7 +96,7 @@ class ClipTextTask(TowersTask):
         )  # (number of phrases, D)
         towers = grown(clip.towers, self.teacher.phrases, run.train.seed)
         super().__init__(run, val, towers, clip.preprocess, clip.name)
-        self.model = TextTower(towers)
+        self.model = self.trained = TextTower(towers)
         self.product.visual.requires_grad_(False)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import (
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
+from unclip.models.lora import adapt
 from unclip.stages.kinds import kind_of
 from unclip.training.ar_prior import ArPriorRun
 from unclip.training.prior import PriorRun
@@ -165,7 +166,10 @@ def inputs_of(run: Any, n: int) -> tuple[Tensor, Tensor, Cond]:
 def network_of(run: Any, model: Config | None = None) -> nn.Module:
     """The network that a run trains, or one of another configuration of its kind."""
     config = model or run.model
-    return kind_of(config).network(config)
+    network = kind_of(config).network(config)
+    if getattr(run, "lora", None) is not None:
+        adapt(network, run.lora)
+    return network
 
 
 def with_checkpointing(config: Any, on: bool) -> Any:

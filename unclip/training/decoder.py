@@ -37,6 +37,7 @@ from unclip.training.task import (
     DropConfig,
     Prepared,
     StageTask,
+    check_lora,
     draw,
     frozen_clip,
     train,
@@ -51,7 +52,8 @@ class DecoderRun(Config):
     (see `jittered`), each by another share of it. `augment` moves pictures before the encoder sees
     them, in training only: the embedding says what was done, so that nothing of it comes back
     unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (see
-    `perceived`).
+    `perceived`). `lora`: only low-rank changes of that rank are trained, of the decoder in
+    `train.init`.
     """
 
     clip: Place
@@ -64,10 +66,12 @@ class DecoderRun(Config):
     jitter: float = Field(0.0, ge=0)
     perceptual: float = Field(0.0, ge=0)
     augment: PlaceConfig = PlaceConfig()
+    lora: int | None = Field(None, ge=1)
     train: TrainConfig
 
     @model_validator(mode="after")
     def _check(self) -> DecoderRun:
+        check_lora(self)
         if self.model.learned_variance != self.diffusion.learned_variance:
             raise ValueError("model.learned_variance and diffusion.learned_variance must agree")
         if self.model.layout is not None and self.diffusion.target != "x0":

@@ -87,7 +87,7 @@ class Task(Protocol):
     takes over the weights of the same stage in a folder, a run or a hub id.
 
     `product` is what is averaged, saved and started from: the model, or the part of one whose rest
-    only helps in training.
+    only helps in training. `trained` is what checkpoints keep to go on: the model, or what changes.
 
     `loss` gives per-sample values (B,) on the model's device: "loss" is minimised, other entries
     are logged, without their nan, which marks samples that one does not apply to. It calls `model`
@@ -99,6 +99,7 @@ class Task(Protocol):
     name: str
     model: nn.Module
     product: nn.Module
+    trained: nn.Module
 
     def loss(self, model: nn.Module, batch: Any, step: int) -> dict[str, Tensor]: ...
 
@@ -190,7 +191,7 @@ def fit(
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         state = TrainState(
-            task.model, build_optimizer(task.model, config), EMA(task.product, config.ema)
+            task.trained, build_optimizer(task.model, config), EMA(task.product, config.ema)
         )
         if newest is not None:
             load_checkpoint(newest, task, state)
@@ -338,7 +339,7 @@ class _Trainer:
         """
         device = self.accelerator.device
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with fork, torch.no_grad(), self.state.ema.swapped(self.state.model) as averaged:
+        with fork, torch.no_grad(), self.state.ema.swapped(self.task.model) as averaged:
             image = self.task.preview(averaged)
         if image is None or not self.accelerator.is_main_process:
             return None

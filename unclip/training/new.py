@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from unclip.config import read_yaml
 from unclip.data.open import open_dataset
-from unclip.errors import CheckpointError, ConfigError
+from unclip.errors import CheckpointError, ConfigError, UnclipWarning
 from unclip.files.disk import check_writable
 from unclip.shipped import configurations
 from unclip.sources import Source
@@ -26,6 +25,7 @@ STACK = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
 # How a trained stage goes on with few pictures: short, and seen soon.
 FURTHER = {"warmup": 50, "ema": 0.99, "save_every": 100, "sample_every": 50}
 FURTHER_STEPS = {"prior": 300, "decoder": 1000}
+FEW = 2_000  # pictures, with which a stack of its own comes to little
 SLOWER = 0.25  # than the learning rate of a training from nothing
 COMMENTS = {
     "name": "What error messages call this encoder.",
@@ -86,6 +86,13 @@ def new(folder: Path, data: str, machine: Machine, start: str | None = None) -> 
     """
     check_writable(folder, "folder")
     pictures = len(open_dataset(data, 64))
+    if start is None and pictures < FEW:
+        warnings.warn(
+            f"{pictures} pictures are few to learn drawing from: --from weights/emoji, or another "
+            "model, goes on from one that can",
+            UnclipWarning,
+            stacklevel=2,
+        )
     target, shipped = TARGETS[machine], configurations()
     stages = STACK if start is None else _further(start)
     sources = {folder / f"{name}.yaml": shipped.get(f"{target.configs}/{name}") for name in stages}
@@ -147,8 +154,17 @@ def _going_on(shipped: dict[str, Any], start: str, name: str) -> str:
     }
     train = shipped["train"] | FURTHER | {"init": start, "steps": FURTHER_STEPS[name]}
     train["lr"] = SLOWER * train["lr"]
-    data = shipped | changes | {"clip": start, "train": train}
-    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return "".join(_written(shipped | changes | {"clip": start, "train": train}))
+
+
+def _written(data: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """A configuration's lines: a section under its name, all else as JSON, which YAML contains."""
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:\n"
+            yield from _written(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}\n"
 
 
 def _of_own_encoder(file: Path, encoder: dict[str, Any], pictures: int) -> dict[str, Any]:
@@ -211,7 +227,7 @@ def _head(file: Path, name: str, command: str, target: _Target, source: str) -> 
     if name in KINDS:
         needs = plan(file, [], target.gpus)
         hours = 24 * needs.days(target.gpus, target.speed * 1e12, 1.0)
-        took = f"about {hours / 24:,.1f} days" if hours > 48 else f"about {hours:,.1f} hours"
+        took = f"about {_span(hours)}"
         lines += [
             f"Memory:   {needs.total / GB:,.1f} GB: {needs.parameters / 1e6:,.1f} M parameters, "
             f"gradients, moments and averages {needs.fixed / GB:,.1f},",
@@ -222,3 +238,10 @@ def _head(file: Path, name: str, command: str, target: _Target, source: str) -> 
         ]
     lines.append(f"Result:   samples/ in {file.with_suffix('')} shows how far it is")
     return "".join(f"# {line}\n" for line in lines), took
+
+
+def _span(hours: float) -> str:
+    """In the unit that says it best."""
+    if hours > 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours > 1 else f"{max(1, round(60 * hours))} minutes"

@@ -32,6 +32,7 @@ from unclip.training.task import (
     DropConfig,
     Prepared,
     StageTask,
+    check_lora,
     draw,
     embeddings_of,
     frozen_clip,
@@ -44,7 +45,8 @@ class PriorRun(Config):
     """A training run of the diffusion prior; `clip` names the frozen encoder.
 
     `draws`: how many (t, noise) are drawn for each pair. The text, most of what the transformer
-    reads, is read once for all of them."""
+    reads, is read once for all of them. `lora`: only low-rank changes of that rank are trained, of
+    the prior in `train.init`."""
 
     clip: Place
     data: DataConfig
@@ -53,10 +55,12 @@ class PriorRun(Config):
     sampling: SamplingConfig
     drop: DropConfig
     draws: int = Field(1, ge=1)
+    lora: int | None = Field(None, ge=1)
     train: TrainConfig
 
     @model_validator(mode="after")
     def _check(self) -> PriorRun:
+        check_lora(self)
         if self.model.draft is not None and self.diffusion.target != "x0":
             raise ValueError("model.draft needs diffusion.target = x0")
         return self

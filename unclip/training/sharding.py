@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import parametrize
 
 from unclip.errors import ConfigError
 
@@ -92,6 +93,8 @@ def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
             f"{scalars[0]} of this model is a single number, which FSDP can't share out; train it "
             "with configs/accelerate/ddp_8.yaml"
         )
+    if any(parametrize.is_parametrized(part) for part in model.modules()):
+        raise ConfigError("lora can't be shared out; train it with configs/accelerate/ddp_8.yaml")
     model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast and device alone
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP takes no channels-last weights

@@ -24,11 +24,14 @@ from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import CheckpointError, ConfigError
+from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.find import resolve_folder
 from unclip.files.folder import WEIGHTS, read_stage_config
 from unclip.files.tensors import TensorFile, load_tensors
+from unclip.models.lora import adapt
 from unclip.precision import default_dtype
 from unclip.sources import Source
+from unclip.stages import lora
 from unclip.stages.kinds import kind_of
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage
@@ -80,6 +83,12 @@ def open_pictures(run: Any, accelerator: Accelerator) -> tuple[Dataset, None]:
     return run.data.open(run.data.train), None
 
 
+def check_lora(run: Any) -> None:
+    """**Raises**: `ValueError` for low-rank changes of nothing."""
+    if run.lora is not None and run.train.init is None:
+        raise ValueError("lora needs train.init, the model that it changes")
+
+
 def check_widths(clip: Widths, run: Any) -> None:
     """**Raises**: `ConfigError` for a model whose widths are not its encoder's."""
     for key, width in (("embed", clip.width), ("text_width", clip.text_width)):
@@ -126,8 +135,12 @@ class StageTask:
         self.run, self.shown = run, Shown(run.data, train)
         self.name = f"upsampler_{run.model.high}" if kind.name == "upsampler" else kind.name
         self.model: nn.Module = kind.network(run.model)
-        self.product: nn.Module = self.model
         self.stage = self._stage(None if clip is None else clip.fingerprint)
+        self.product: nn.Module = self.model
+        self.rank: int | None = getattr(run, "lora", None)
+        if self.rank is not None:
+            self.product = self._adapted(self.rank, run.train)
+        self.trained: nn.Module = self.product
 
     def _stage(self, encoder: Fingerprint | None) -> Stage:
         diffusion = GaussianDiffusion(self.run.diffusion)
@@ -135,11 +148,27 @@ class StageTask:
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
+        if self.rank is not None:
+            return lora.describe(self.stage.kind, self.rank, self.run.train.init)
         return self.stage.describe()
 
     def start_from(self, path: str) -> None:
         """Take over the weights of the same stage, or of its only kin; see `start_from`."""
-        start_from(self.stage, path)
+        if self.rank is None:  # else the task was made with them
+            start_from(self.stage, path)
+
+    def _adapted(self, rank: int, train: Any) -> nn.Module:
+        """The low-rank changes of the network, with its base's weights. They alone are trained and
+        saved, so that a run which goes on reads its base again.
+
+        **Raises**: `CheckpointError` if it began with another base.
+        """
+        start_from(self.stage, train.init)
+        begun = newest_checkpoint(Path(train.out), training=True)
+        for change in lora.read_loras([begun] if begun else []):
+            for layer in change.layers:
+                change.check(layer, self.model.get_parameter(f"{layer}.weight"))
+        return adapt(self.model, rank)
 
     def drop(self, what: str, ids: Tensor, like: Tensor) -> Tensor:
         """Which samples go without a condition. **Shapes**: (B,) → (B,) bool."""
