@@ -2,8 +2,8 @@
 
     make paper      or      python benchmarks/paper.py [NAME …]
 
-A command is a line of a `sh` block that begins with `unclip`, and writes to `--out out/paper/NAME`
-or prints what counts: `> out/paper/NAME`. Its picture becomes docs/paper/NAME.webp, its tables
+A command is a line of a `shell` block that begins with `unclip` and ends with `--out
+out/paper/NAME`, or with `> out/paper/NAME` where what it prints counts. Its picture becomes docs/paper/NAME.webp, its tables
 stand between <!-- NAME --> and <!-- end -->. What was run with the same command and the same
 weights is not run again, so that an interrupted run goes on.
 """
@@ -57,14 +57,12 @@ class Command:
 
 
 def commands(page: str) -> list[Command]:
-    """Those of a page, in order. **Raises**: `ConfigError` for one that says no place."""
+    """Those of a page, in order."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S):
+    for block in re.findall(r"^```shell\n(.*?)^```", page, re.M | re.S):
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
-            if line.startswith("unclip "):
-                place = re.search(r"(?:--out|>) out/paper/([\w-]+)$", line)
-                if place is None:
-                    raise ConfigError(f"docs/paper.md: no out/paper/NAME at the end of {line!r}")
+            place = re.search(r"^unclip .*(?:--out|>) out/paper/([\w-]+)$", line)
+            if place is not None:
                 found.append(Command(place[1], line))
     return found
 
@@ -115,7 +113,8 @@ def told(command: Command, page: str) -> str:
     """The page with what it found: an experiment's tables, or what it printed."""
     written = sorted(command.folder.glob("*.md"))
     text = (written or [command.folder / "printed.txt"])[0].read_text(encoding="utf-8").strip()
-    text = re.sub(r"^### (.*)$", r"**\1**", text, flags=re.M) if written else f"```\n{text}\n```"
+    bold = re.sub(r"^### (.*)$", r"**\1**", text, flags=re.M)
+    text = bold if written else f"```text\n{text}\n```"
     place = rf"(<!-- {re.escape(command.name)} -->\n).*?(<!-- end -->)"
     return re.sub(place, lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
 
