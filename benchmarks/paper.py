@@ -3,8 +3,8 @@
     make paper      or      python benchmarks/paper.py [NAME …]
 
 A command is a line of a `shell` block that begins with `unclip` and ends with `--out
-out/paper/NAME`, or with `> out/paper/NAME` where what it prints counts. Its picture becomes docs/paper/NAME.webp, its tables
-stand between <!-- NAME --> and <!-- end -->. What was run with the same command and the same
+out/paper/NAME`, or with `> out/paper/NAME` where what it prints counts. Its picture becomes
+docs/paper/NAME.webp, its tables stand between <!-- NAME --> and <!-- end -->. What was run with the same command and the same
 weights is not run again, so that an interrupted run goes on.
 """
 
