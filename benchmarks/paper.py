@@ -4,8 +4,8 @@
 
 A command is a line of a `shell` block that begins with `unclip` and ends with `--out
 out/paper/NAME`, or with `> out/paper/NAME` where what it prints counts. Its picture becomes
-docs/paper/NAME.webp, its tables stand between <!-- NAME --> and <!-- end -->. What was run with the same command and the same
-weights is not run again, so that an interrupted run goes on.
+docs/paper/NAME.webp, its tables stand between <!-- NAME --> and <!-- end -->. What was run with
+the same command and the same weights is not run again, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def told(command: Command, page: str) -> str:
     """The page with what it found: an experiment's tables, or what it printed."""
     written = sorted(command.folder.glob("*.md"))
     text = (written or [command.folder / "printed.txt"])[0].read_text(encoding="utf-8").strip()
+    text = text.replace(f"{ROOT}/", "")
     bold = re.sub(r"^### (.*)$", r"**\1**", text, flags=re.M)
     text = bold if written else f"```text\n{text}\n```"
     place = rf"(<!-- {re.escape(command.name)} -->\n).*?(<!-- end -->)"
