@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 PROMPT ?= a red apple
 MODEL ?= weights/emoji
 
-.PHONY: sample test test-avx2 test-slow test-web test-docs docs lint learn clean
+.PHONY: sample test test-avx2 test-slow test-web test-docs docs lint learn paper clean
 
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ lint: $(BIN)/.ready
 
 learn: $(BIN)/.ready
 	$(BIN)/python train/learn.py
+
+# docs/paper.md's commands, those that the present weights have not run yet; one core, half an hour.
+paper: $(BIN)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper.py
 
 clean:
 	rm -rf $(VENV) runs out docs/_build .pytest_cache .ruff_cache .mypy_cache

@@ -136,7 +136,6 @@ def test_options_by_stage_are_parsed(run, tmp_path):
     code, out, err = run(
         *("text", "x", "--size", 16, "--out", tmp_path, "--steps", "prior=3,decoder=1"),
         *("--guidance", 3, "--sampler", "decoder=ddpm", "--interval", "0.2,0.8"),
-        *("--text-guidance", 1.5, "--threshold", 0.9),
     )
     assert code == 0, err
     sampling = json.loads(Image.open(out.strip()).text["settings"])["sampling"]
@@ -144,7 +143,6 @@ def test_options_by_stage_are_parsed(run, tmp_path):
     assert sampling["decoder"]["guidance"] == 3 and sampling["decoder"]["sampler"] == "ddpm"
     assert sampling["prior"]["sampler"] == "ddim" and sampling["prior"]["interval"] is None
     assert sampling["decoder"]["interval"] == [0.2, 0.8]
-    assert (sampling["decoder"]["text_guidance"], sampling["decoder"]["threshold"]) == (1.5, 0.9)
 
 
 def test_embed_then_vary_equals_vary_of_the_picture(run, tmp_path, apple):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, UnCLIPScheduler
 from torch.testing import assert_close
 
-from unclip.conditioning import Cond, TextEncoding
-from unclip.diffusion.guidance import Guided, dynamic_threshold
+from unclip.conditioning import Cond
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas, loss_weights
 from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
 from unclip.diffusion.schedulers import make_scheduler
@@ -284,60 +282,6 @@ class Told:
 
 def told(*values):
     return Cond(image_embed=torch.tensor(values)[:, None].expand(-1, 2))
-
-
-def test_each_condition_in_a_chain_has_its_own_guidance():
-    nothing, some, all_of_it = told(1.0, 2.0), told(1.5, 2.5), told(3.0, 7.0)
-    x_t = torch.randn(2, 3, 4, 4)
-    guess = Guided(gaussian("x0"), Told(), [nothing, some, all_of_it], [2.0, 3.0])
-    expected = torch.tensor([1 + 2 * 0.5 + 3 * 1.5, 2 + 2 * 0.5 + 3 * 4.5])
-    x0, variance = guess(x_t, 500)
-    assert variance is None
-    assert_close(x0, expected.view(2, 1, 1, 1).expand_as(x0))
-
-
-class Both(Told):
-    """Predicts the sum of what it was told by embedding and by caption."""
-
-    def __call__(self, x_t, t, cond):
-        text = cond.text.embed.mean(1).view(-1, *[1] * (x_t.ndim - 1))
-        image = torch.where(cond.keep_image, cond.image_embed.mean(1), 0.0)
-        return super().__call__(x_t, t, replace(cond, image_embed=image[:, None])) + text
-
-
-def captioned(image, text):
-    encoding = TextEncoding(
-        torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool), torch.full((1, 2), text)
-    )
-    keep = torch.ones(1, dtype=torch.bool)
-    return Cond(image_embed=torch.full((1, 2), image), keep_image=keep, text=encoding)
-
-
-@pytest.mark.parametrize("negative", [None, captioned(0.25, 0.125)])
-def test_embedding_and_caption_have_scales_of_their_own(negative):
-    cond, null, x_t = captioned(0.5, 2.0), captioned(0.0, 0.0).text, torch.randn(1, 3, 4, 4)
-
-    def guess(**config):
-        how = SamplingConfig(steps=2, clip=None, **config)
-        model = guided(gaussian("x0"), Both(), cond, how, null_text=null, negative=negative)
-        return float(model(x_t, 500)[0].mean())
-
-    image, text = (0.0, 0.0) if negative is None else (0.25, 0.125)
-    expected = image + 3 * (0.5 - image) + text + 5 * (2 - text)
-    assert guess(guidance=3.0, text_guidance=5.0) == pytest.approx(expected)
-    assert guess(guidance=3.0, text_guidance=3.0) == pytest.approx(guess(guidance=3.0))
-    assert guess(guidance=1.0, text_guidance=1.0) == 2.5
-
-
-def test_a_dynamic_threshold_scales_each_sample_by_its_own_values():
-    x0 = torch.linspace(-1, 1, 101).repeat(2, 1) * torch.tensor([[0.9], [4.0]])
-    bounded = dynamic_threshold(0.9, 1.0)(x0)
-    assert_close(bounded[0], x0[0])  # nothing lies beyond
-    inside = x0[1].abs() < 3.6
-    assert_close(bounded[1][inside], x0[1][inside] / 3.6)
-    assert float(bounded.abs().max()) == pytest.approx(1)
-    with pytest.raises(ValueError, match="threshold needs clip"):
-        SamplingConfig(steps=2, clip=None, threshold=0.9)
 
 
 def test_guidance_leads_away_from_a_negative_condition():

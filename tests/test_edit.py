@@ -20,6 +20,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import fit_square, psnr, to_tensor
 from unclip.models.ar_prior import ArPrior, ArPriorConfig
+from unclip.models.decoder import Decoder
 from unclip.models.layers import DraftConfig
 from unclip.models.prior import DiffusionPrior
 from unclip.models.transformer import TransformerConfig
@@ -185,6 +186,21 @@ def test_what_the_mask_does_not_show_is_kept_to_the_bit(either, size, shape):
     assert distance(a, b) > 0.01 and (np.asarray(a)[~kept] != expected[~kept]).any()
 
 
+def test_a_decoder_that_inpaints_draws_what_goes_with_what_it_is_shown():
+    pipe = tiny_pipeline()
+    config = pipe.decoder.config.model_copy(update={"inpaint": True})
+    pipe.decoder = stage("decoder", Decoder(config), pipe.clip, guidance=2.0)
+    how = {"prompt": APPLE, "size": 16, "steps": 3}
+    red, blue = (pipe.inpaint(picture(c), half_mask(), **how)[0] for c in ("red", "blue"))
+    for made, colour in ((red, "red"), (blue, "blue")):
+        kept = fit_square(picture(colour), 16).crop((8, 0, 16, 16))
+        same(made.crop((8, 0, 16, 16)), kept)
+    assert distance(red.crop((0, 0, 8, 16)), blue.crop((0, 0, 8, 16))) > 0.005
+    white = np.full((40, 40), True)
+    drawn = pipe.inpaint(picture(), white, **how)[0]
+    same(drawn, pipe.text_to_image(APPLE, size=16, steps=3, sampler="ddim")[0])
+
+
 def test_resampling_turns_keep_it_as_well_and_need_a_sampler_of_one_step(pipe):
     drawn = pipe.inpaint(picture(), half_mask(), APPLE, size=16, steps=3, repeats=3)[0]
     once = pipe.inpaint(picture(), half_mask(), APPLE, size=16, steps=3)[0]
@@ -246,13 +262,12 @@ def test_a_negative_prompt_leads_away_in_prior_and_decoder():
 def test_what_guides_the_decoder_is_asked_for_by_call(pipe):
     """The tiny decoder's guidance is 2."""
     plain = pipe.text_to_image(APPLE, size=16)[0]
-    same(pipe.text_to_image(APPLE, size=16, text_guidance=2.0, interval=(0, 1))[0], plain, levels=1)
-    for option in ({"text_guidance": 4.0}, {"interval": (0.9, 1)}, {"threshold": 0.9}):
-        assert distance(pipe.text_to_image(APPLE, size=16, **option)[0], plain) > 0.003
-        with pytest.raises(ConfigError, match="no effect here"):
-            pipe.upscale(picture(), **option)
-        with pytest.raises(ConfigError, match="no effect here"):
-            pipe.text_to_embedding(APPLE, **option)
+    same(pipe.text_to_image(APPLE, size=16, interval=(0, 1))[0], plain, levels=1)
+    assert distance(pipe.text_to_image(APPLE, size=16, interval=(0.9, 1))[0], plain) > 0.003
+    with pytest.raises(ConfigError, match="no effect here"):
+        pipe.upscale(picture(), interval=(0.9, 1))
+    with pytest.raises(ConfigError, match="no effect here"):
+        pipe.text_to_embedding(APPLE, interval=(0.9, 1))
 
 
 def test_priors_are_chosen_by_name():
@@ -339,7 +354,7 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
         (lambda p: p.reconstruct(picture(), sampler="dpm++", eta=0.5), "ddim"),
         (lambda p: p.variations(picture(), prior="text"), "no effect"),
         (lambda p: p.text_to_image(APPLE, interval=(0.5, 0.1)), "interval"),
-        (lambda p: p.reconstruct(picture(), threshold=0.9), "threshold needs clip"),
+        (lambda p: p.text_to_image(APPLE, threshold=0.9), "unknown option 'threshold'"),
         (lambda p: p.upscale(picture(), negative_prompt=APPLE), "no effect"),
     ],
 )

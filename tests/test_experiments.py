@@ -17,6 +17,7 @@ from unclip.cli import main
 from unclip.data.shapes import PALETTE, Object, Scene
 from unclip.errors import ConfigError
 from unclip.evaluation.experiments import EXPERIMENTS
+from unclip.evaluation.guidance import ALONE, EMBEDDED, compare_guidance
 from unclip.evaluation.priors import TITLES, compare_priors
 from unclip.evaluation.probes import principal, swapped, with_word
 from unclip.evaluation.reranking import curve_at
@@ -78,6 +79,15 @@ def test_a_way_that_the_model_lacks_is_left_out_with_a_sentence(full, request_, 
     assert TITLES["ar"] not in rows and TITLES["draft"] not in rows and TITLES["none"] in rows
     assert "no ar_prior" in found.notes[0] and "no draft" in found.notes[1]
     assert "seconds" in found.markdown or "s a caption" in found.markdown
+
+
+def test_ways_to_guide_are_compared_on_the_same_noise(full, request_, tmp_path):
+    found = compare_guidance(full, "tiny", request_, tmp_path)
+    by = found.scores[request_.judge]
+    assert set(by) == {*EMBEDDED, *ALONE, TITLES["real"]}
+    assert [row[0] for row in found.tables[0][3]] == list(by)
+    assert by["8"] != by["1 (off)"] != by["caption alone, 1"]
+    assert found.figure is not None
 
 
 def test_samplers_are_compared_by_steps_and_one_without_statistics_left_out(

@@ -60,6 +60,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decoder without text": lambda: decoder(text_width=None),
     "decoder with patches": lambda: decoder(unet_config(patch=2, scale_shift=False)),
     "decoder with a head": lambda: decoder(unet_config(patch=2, head=6), image_tokens=7),
+    "decoder that inpaints": lambda: decoder(unet_config(patch=2), inpaint=True),
     "upsampler": upsampler,
     "upsampler with patches": lambda: upsampler(residual=True, patch=2),
 }
@@ -96,6 +97,8 @@ def inputs(model: nn.Module, batch: int = 3) -> tuple[Tensor, Tensor, Cond]:
         cond = replace(cond, low_res=torch.randn(x_t.shape, generator=generator))
     if isinstance(model, Decoder):
         cond = replace(cond, image_embed=torch.randn(batch, EMBED, generator=generator))
+    if isinstance(model, Decoder) and model.config.inpaint:
+        cond = replace(cond, known=torch.randn(batch, 4, 8, 8, generator=generator))
     if isinstance(model, DiffusionPrior) or (isinstance(model, Decoder) and model.text):
         cond = replace(cond, text=text_encoding([5, 3, 6, 2][:batch]))
     return x_t, t, cond
@@ -205,6 +208,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
         image_embed=None if cond.image_embed is None else cond.image_embed[rows],
         text=None if cond.text is None else cond.text.rows(rows),
         low_res=None if cond.low_res is None else cond.low_res[rows],
+        known=None if cond.known is None else cond.known[rows],
     )
     expected = model(x_t, t, cond)[rows]
     assert_close(model(x_t[rows], t[rows], alone), expected, rtol=1e-5, atol=1e-5)
@@ -296,6 +300,17 @@ def test_low_resolution_image_changes_the_output(name: str) -> None:
     x_t, t, cond = inputs(model)
     out = model(x_t, t, cond)
     assert far(model(x_t, t, Cond(low_res=cond.low_res + 0.5)), out)
+
+
+@torch.no_grad()
+def test_what_is_known_changes_what_is_drawn_and_without_it_nothing_is() -> None:
+    model = make("decoder that inpaints")
+    x_t, t, cond = inputs(model)
+    out = model(x_t, t, cond)
+    assert far(model(x_t, t, replace(cond, known=cond.known + 0.5)), out)
+    nothing = replace(cond, known=torch.zeros(3, 4, 8, 8))
+    assert torch.equal(model(x_t, t, nothing), model(x_t, t, replace(cond, known=None)))
+    assert far(model(x_t, t, nothing), out)
 
 
 @every_model

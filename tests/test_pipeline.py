@@ -546,3 +546,16 @@ def test_a_sampler_is_checked_by_the_rule_that_makes_it(pipe, sampler):
 def test_a_model_is_loaded_from_home(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(model_folder.parent))
     assert UnCLIP.from_pretrained(f"~/{model_folder.name}").sizes == [16, 32, 64]
+
+
+def test_models_that_name_settings_which_are_gone_still_load(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "old")
+    path = tmp_path / "old/decoder/config.json"
+    config = json.loads(path.read_text())
+    config["sampling"] |= {"text_guidance": None, "threshold": None, "interval": [0, 1]}
+    path.write_text(json.dumps(config))
+    assert UnCLIP.from_pretrained(tmp_path / "old").decoder.sampling.interval == (0, 1)
+    config["sampling"]["threshold"] = 0.9
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="threshold"):
+        UnCLIP.from_pretrained(tmp_path / "old")

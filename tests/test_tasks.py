@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from parity import randomise
 from torch.testing import assert_close
 
 from unclip import randomness
@@ -28,14 +29,15 @@ from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
+from unclip.pipeline import UnCLIP
 from unclip.training.ar_prior import ArPriorRun
-from unclip.training.augment import place
+from unclip.training.augment import masks, place
 from unclip.training.clip import ClipRun
 from unclip.training.clip_text import ClipTextRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
-from unclip.training.task import Prepared, Shown, draw
+from unclip.training.task import Prepared, Shown, draw, start_from
 from unclip.training.upsampler import Redrawn, Shrunk, UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +243,41 @@ def test_a_decoder_learns_moved_pictures_from_their_own_embeddings(model_folder,
     assert torch.equal(DecoderTask(plain, task.clip).moved(batch.images, batch.ids), batch.images)
     with pytest.raises(ConfigError, match="augment"):
         tiny("decoder", model_folder, augment, f"embeddings={tmp_path}")
+
+
+def test_an_inpainting_decoder_begins_as_the_one_it_comes_from_and_is_shown_what_is_not_masked(
+    model_folder, tmp_path
+):
+    clip = FrozenCLIP.load(str(model_folder))
+    before = DecoderTask(tiny("decoder", model_folder), clip)
+    randomise(before.model, 0)
+    UnCLIP(clip, decoder=before.stage).save_pretrained(tmp_path)
+    task = DecoderTask(tiny("decoder", model_folder, "model.inpaint=true"), clip)
+    start_from(task.stage, tmp_path)
+    batch, seen = first_batch(task.run), []
+
+    def model(x_t, t, cond):
+        seen.append((x_t, cond.known))
+        return task.model(x_t, t, cond)
+
+    losses = [
+        DecoderTask.loss(own, network, batch, 0)["loss"]
+        for own, network in ((before, before.model), (task, model))
+    ]
+    assert_close(*losses)
+    x0, known = resize(batch.images, 32).clamp(-1, 1), seen[0][1]
+    hidden = masks(batch.ids, 32, task.run.train.seed)
+    assert torch.equal(known[:, 3:] == 0, hidden)
+    assert_close(known[:, :3], x0.masked_fill(hidden, 0))
+
+
+def test_masks_are_a_samples_own_and_hide_a_part_the_rest_a_half_or_all():
+    hidden = masks(torch.arange(400), 16, 0)
+    assert torch.equal(masks(torch.tensor([7]), 16, 0), hidden[7:8])
+    share = hidden.float().mean((1, 2, 3))
+    assert 0.15 < (share == 1).float().mean() < 0.35
+    assert 0.15 < (share == 0.5).float().mean() < 0.35
+    assert 0.05 < share.min() < 0.1 and ((share > 0.5) & (share < 1)).any()
 
 
 def test_a_decoder_learns_what_the_encoder_sees_where_a_picture_can_be_known(model_folder):

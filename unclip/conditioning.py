@@ -51,7 +51,9 @@ class Cond:
     vector learned by the model and chosen by `keep_image`. Nothing is ever marked by zeros.
 
     **Shapes**: image_embed (B, D) raw `z_image`; keep_image (B,) bool, False = use the learned
-    null vector; text: see `TextEncoding`; low_res (B, 3, H, W) already resized to x_t's size.
+    null vector; text: see `TextEncoding`; low_res (B, 3, H, W) already resized to x_t's size; known
+    (B, 4, H, W) what an inpainting decoder is shown: pictures, 0 where they are unknown, and 1 in a
+    last channel where they aren't; None is nothing of them.
     `cache` holds what `model.prepare` computed once for all steps; its tensors have B rows.
     """
 
@@ -59,6 +61,7 @@ class Cond:
     keep_image: Tensor | None = None
     text: TextEncoding | None = None
     low_res: Tensor | None = None
+    known: Tensor | None = None
     cache: Any = None
 
     def drop(

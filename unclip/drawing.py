@@ -152,12 +152,16 @@ class Drawing:
         start, kept = self.start, self.start.kept
         if kept is not None:
             kept = kept.repeat(len(generators), self.reader.device)
-        cond, at = self._cond(z_image, text), None if kept is None else kept.at(self.decoder.side)
+        at = None if kept is None else kept.at(self.decoder.side)
+        shown = None
+        if at is not None and self.decoder.config.inpaint:
+            shown, at = at.shown(), None  # it draws what goes with that, nothing is put back
+        cond = self._cond(z_image, text, shown)
         x = self.draw(
             self.decoder,
             cond,
             generators,
-            negative=None if away is None else self._cond(away, negative),
+            negative=None if away is None else self._cond(away, negative, shown),
             x_T=start.x_T,
             after=None if at is None else at.after(self.decoder.diffusion, generators),
             levels=start.levels,
@@ -180,11 +184,11 @@ class Drawing:
         count = self.prior_candidates
         return draw_embeddings(self.prior, text, generators, count, self.draw, negative, self.by)
 
-    def _cond(self, z_image: Tensor, text: TextEncoding | None) -> Cond:
+    def _cond(self, z_image: Tensor, text: TextEncoding | None, known: Tensor | None) -> Cond:
         keep = None
         if self.by == "none":
             keep = torch.zeros(len(z_image), dtype=torch.bool, device=z_image.device)
-        return Cond(image_embed=z_image, keep_image=keep, text=text)
+        return Cond(image_embed=z_image, keep_image=keep, text=text, known=known)
 
 
 def _anew(generators: Sequence[torch.Generator]) -> list[torch.Generator]:

@@ -17,7 +17,7 @@ from unclip.stages.stage import Preview, Stage
 # One value for the decoder, or a dict by stage name ("prior", "decoder", "upsampler_256" …).
 ByStage = Any
 BY_STAGE = ("steps", "guidance", "sampler")
-DECODERS = ("interval", "text_guidance", "threshold")
+DECODERS = ("interval",)
 PICTURES_ONLY = ("size", "tile", "candidates", *DECODERS)  # embeddings have no use for these,
 OF_TEXT = ("candidates", "prior", "negative_prompt", *DECODERS)  # and upsamplers none for these
 
@@ -27,14 +27,14 @@ class Options:
     """What a call asks for beyond a model's own defaults, the same for every verb.
 
     `steps`, `guidance` and `sampler` are one value for the decoder (or for what runs where it
-    doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only; `interval`,
-    `text_guidance` and `threshold` are the decoder's (see `SamplingConfig`). `tile` runs upsamplers
-    on tiles of that many pixels. `prior_candidates` embeddings are drawn for each
-    picture and the one closest to its text is kept; `candidates` pictures are finished for each
-    one returned and the best by CLIP score is kept. `progress` shows bars on a terminal, or is
-    called after every step with the stage's name, the steps done and those to do. `preview` is
-    called then with the stage's name, which of its samples were at work, and what they would be by
-    now: x_0 as the stage draws it, of pictures (B, 3, R, R).
+    doesn't) or a dict by stage name. `eta` is the decoder's, and DDIM's only; `interval`
+    is the decoder's (see `SamplingConfig`). `tile` runs upsamplers on tiles of that many pixels.
+    `prior_candidates` embeddings are drawn for each picture and the one closest to its text is
+    kept; `candidates` pictures are finished for each one returned and the best by CLIP score is
+    kept. `progress` shows bars on a terminal, or is called after every step with the stage's name,
+    the steps done and those to do. `preview` is called then with the stage's name, which of its
+    samples were at work, and what they would be by now: x_0 as the stage draws it, of pictures
+    (B, 3, R, R).
 
     `prior` says how text becomes an embedding (see `PriorName`) where a model can do it in several
     ways. Guidance leads away from `negative_prompt`: the prior's from that text, the decoder's from
@@ -49,8 +49,6 @@ class Options:
     sampler: ByStage = None
     eta: float | None = None
     interval: tuple[float, float] | None = None
-    text_guidance: float | None = None
-    threshold: float | None = None
     tile: int | None = None
     prior_candidates: int | None = None
     candidates: int = 1
@@ -138,11 +136,6 @@ class Options:
             for name in ("eta", *DECODERS):
                 if (value := getattr(self, name)) is not None:
                     asked[name] = value
-            if self.text_guidance is not None and not stage.reads_text:
-                raise ConfigError(
-                    f"{source}: text_guidance = {self.text_guidance} has no effect "
-                    "on a decoder that reads no captions"
-                )
         own = stage.sampling
         config = parse_config(own.model_dump() | asked, type(own), source)
         if not isinstance(config, SamplingConfig):  # a prior that samples in another way

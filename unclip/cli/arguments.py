@@ -47,14 +47,6 @@ Interval = Annotated[
     str | None,
     typer.Option(help="Guide the decoder in a part of time only, as 0.2,0.8; 1 is pure noise."),
 ]
-TextGuidance = Annotated[
-    float | None,
-    typer.Option(help="The decoder's guidance by the caption; --guidance is the embedding's then."),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Scale the decoder's x_0 so that this share stays in range, as 0.99."),
-]
 Negative = Annotated[
     str | None,
     typer.Option("--negative", parser=meant, help="A prompt to be guided away from."),
@@ -105,8 +97,6 @@ class Asked:
     guidance: Guidance = None
     sampler: Sampler = None
     interval: Interval = None
-    text_guidance: TextGuidance = None
-    threshold: Threshold = None
     tile: Tile = None
     out: Out = Path("out")
     form: Format = None

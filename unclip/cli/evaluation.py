@@ -144,7 +144,9 @@ def evaluate(
 
 def experiment(
     name: Annotated[
-        Literal["priors", "samplers", "reranking", "pca", "binding", "typography", "linear"],
+        Literal[
+            "priors", "guidance", "samplers", "reranking", "pca", "binding", "typography", "linear"
+        ],
         typer.Argument(help="See docs/evaluation.md."),
     ],
     model: ModelArgument = None,

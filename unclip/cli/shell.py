@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from unclip.options import Options
     from unclip.pipeline import UnCLIP
 
-OWN = ("text_guidance", "threshold")  # the decoder's, and as they were said
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -75,7 +74,7 @@ class Making:
             from unclip.edit import exact as as_inverted
 
             self.pipe = as_inverted(self.pipe)
-        named |= {name: getattr(asked, name) for name in ("size", "tile", *OWN)}
+        named |= {name: getattr(asked, name) for name in ("size", "tile")}
         if asked.interval is not None:
             named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)

@@ -5,8 +5,6 @@ B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -23,80 +21,61 @@ class Guess(Protocol):
         """x_0 and the channels of a learned variance. **Shapes**: (B, *) → (B, *), float32."""
 
 
-def dynamic_threshold(share: float, bound: float) -> Callable[[Tensor], Tensor]:
-    """Bounds x_0 by each sample's own values: where more than 1 - `share` of them lie beyond
-    `bound`, all are scaled down until they don't; the rest is cut off.
-
-    **Source**: Saharia et al. 2022 (Imagen), Section 2.3.
-    """
-
-    def within(x0: Tensor) -> Tensor:
-        limit = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=bound)  # (B,)
-        limit = limit.view(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp(-limit, limit) * (bound / limit)
-
-    return within
-
-
 class Guided:
     """A denoiser's guess under classifier-free guidance (Ho & Salimans 2021).
 
-    `conds` tell more and more, B rows each: the first what to be guided away from (nothing, or
-    what is not wanted), the last everything. From one to the next the prediction goes `scales`
-    times as far as the network says; a single condition is not guided. Within `interval`, the
-    first and last guided timestep, that is; outside the last condition stands alone (Kynkäänniemi
-    et al. 2024).
+    From `away`, what to be guided away from (nothing, or what is not wanted), to `cond` the
+    prediction goes `scale` times as far as the network says; without it there is no guidance.
+    Within `interval`, the first and last guided timestep, that is; outside `cond` stands alone
+    (Kynkäänniemi et al. 2024).
 
     `extrapolation` is an upsampler's guidance: without a condition its guess is the resized
-    picture, from which x_0 goes so many times as far as predicted, at no cost. `threshold` bounds
-    x_0. `last` is a network that takes the model's place at one timestep (Karlo's final step).
+    picture, from which x_0 goes so many times as far as predicted, at no cost. `clip` bounds x_0.
+    `last` is a network that takes the model's place at one timestep (Karlo's final step).
     """
 
     def __init__(
         self,
         diffusion: GaussianDiffusion,
         model: Denoiser,
-        conds: Sequence[Cond],
-        scales: Sequence[float] = (),
+        cond: Cond,
+        away: Cond | None = None,
+        scale: float = 1.0,
         *,
         interval: tuple[int, int] | None = None,
         extrapolation: float = 1.0,
-        threshold: Callable[[Tensor], Tensor] | None = None,
+        clip: float | None = None,
         last: tuple[Denoiser, int] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        assert len(scales) == len(conds) - 1, "a scale from each condition to the next"
-        self.diffusion, self.scales, self.dtype = diffusion, tuple(scales), dtype
-        self.interval = interval
-        self.extrapolation, self.low_res = extrapolation, conds[-1].low_res
-        self.threshold = threshold
-        together = Cond.cat(conds) if scales else conds[-1]
-        self._model = model, model.prepare(together)
-        self._alone = model.prepare(conds[-1]) if scales and interval is not None else None
+        self.diffusion, self.guides, self.scale = diffusion, away is not None, scale
+        self.interval, self.clip, self.dtype = interval, clip, dtype
+        self.extrapolation, self.low_res = extrapolation, cond.low_res
+        both = cond if away is None else Cond.cat([away, cond])
+        self._model = model, model.prepare(both)
+        self._alone = model.prepare(cond) if self.guides and interval is not None else None
         self._last_at = None if last is None else last[1]
-        self._last = None if last is None else (last[0], last[0].prepare(together))
+        self._last = None if last is None else (last[0], last[0].prepare(both))
 
     def __call__(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
-        """x_0, guided and bounded, and the last condition's variance channels, if learned.
+        """x_0, guided and bounded, and the condition's variance channels, if learned.
 
         **Shapes**: x_t (B, *) → (B, *), float32.
         """
         model, ready = self._model if self._last is None or t != self._last_at else self._last
-        scales = self.scales
+        guides = self.guides
         if self.interval is not None and not self.interval[0] <= t <= self.interval[1]:
-            scales, ready = (), self._alone or ready
-        times, rows = torch.full((len(x_t),), t, device=x_t.device), len(scales) + 1
-        x_in, t_in = (
-            (torch.cat([x_t] * rows), torch.cat([times] * rows)) if scales else (x_t, times)
-        )
+            guides, ready = False, self._alone or ready
+        times = torch.full((len(x_t),), t, device=x_t.device)
+        x_in, t_in = (torch.cat([x_t] * 2), torch.cat([times] * 2)) if guides else (x_t, times)
         prediction, variance = self.diffusion.split(model(x_in.to(self.dtype), t_in, ready).float())
-        parts = prediction.chunk(rows)
-        guided = parts[0]
-        for scale, (less, more) in zip(scales, pairwise(parts), strict=True):
-            guided = guided + scale * (more - less)
-        x0 = self.diffusion.x0_from(guided, x_t, times)
+        if guides:
+            less, more = prediction.chunk(2)
+            prediction = less + self.scale * (more - less)
+            variance = None if variance is None else variance.chunk(2)[1]
+        x0 = self.diffusion.x0_from(prediction, x_t, times)
         if self.extrapolation != 1 and self.low_res is not None:
             x0 = self.low_res + self.extrapolation * (x0 - self.low_res)
-        if self.threshold is not None:
-            x0 = self.threshold(x0)
-        return x0, None if variance is None else variance.chunk(rows)[-1]
+        if self.clip is not None:
+            x0 = x0.clamp(-self.clip, self.clip)
+        return x0, variance

@@ -43,6 +43,11 @@ class Kept:
         """One picture for n draws of it, where they are drawn."""
         return Kept(*(x.expand(n, -1, -1, -1).to(device) for x in (self.pictures, self.mask)))
 
+    def shown(self) -> Tensor:
+        """What is kept, as `Cond.known` has it. **Shapes**: → (B, 4, S, S)."""
+        known = (~self.mask).to(self.pictures.dtype)
+        return torch.cat([self.pictures * known, known], dim=1)
+
     def paste(self, x: Tensor) -> Tensor:
         """What is kept, into x of the same size. **Shapes**: (B, 3, S, S) → same."""
         return torch.where(self.mask, x, self.pictures.to(x.dtype))

@@ -6,7 +6,6 @@ B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
-from unclip.diffusion.guidance import Guess, Guided, dynamic_threshold
+from unclip.diffusion.guidance import Guess, Guided
 from unclip.diffusion.process import Denoiser, GaussianDiffusion
 from unclip.diffusion.schedulers import SamplerName, make_scheduler
 
@@ -24,21 +23,17 @@ class SamplingConfig(Config):
     """How to sample a stage unless the caller says otherwise.
 
     `guidance` 1 is off and costs one forward per step; an upsampler's always costs one (see
-    `Guided`). With `text_guidance` it is the image embedding's alone, and that is the caption's,
-    from the embedding on. `interval` limits guidance to a part of time, 0 the cleanest and 1 the
-    noisiest. `clip` bounds x_0 at each step, None does not; with `threshold` that is by
-    `dynamic_threshold`, so many of its values within. `eta` is DDIM's share of fresh noise (0
-    deterministic, 1 like DDPM).
+    `Guided`). `interval` limits it to a part of time, 0 the cleanest and 1 the noisiest. `clip`
+    bounds x_0 at each step, None does not. `eta` is DDIM's share of fresh noise (0 deterministic,
+    1 like DDPM).
     """
 
     sampler: SamplerName = "ddim"
     steps: int = Field(ge=1)
     guidance: float = 1.0
-    text_guidance: float | None = None
     interval: tuple[float, float] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     clip: float | None = 1.0
-    threshold: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
@@ -46,8 +41,6 @@ class SamplingConfig(Config):
             raise ValueError(
                 f"interval must be two numbers in order within 0 and 1: {self.interval}"
             )
-        if self.threshold is not None and self.clip is None:
-            raise ValueError("threshold needs clip, the bound that it brings x_0 within")
         return self
 
 
@@ -76,15 +69,11 @@ def guided(
     network's place in the final step. **Shapes**: cond and negative have B rows, null_text one,
     needed for guidance with text.
     """
-    conds, scales, extrapolation = [cond], [], 1.0
+    away, extrapolation = None, 1.0
     if cond.low_res is not None:
         extrapolation = config.guidance
-    elif config.guidance != 1 or config.text_guidance not in (None, 1):
+    elif config.guidance != 1:
         away = cond.null(null_text) if negative is None else negative
-        conds, scales = [away, cond], [config.guidance]
-        if config.text_guidance is not None:
-            conds.insert(1, replace(cond, text=away.text))  # the embedding without the caption
-            scales.append(config.text_guidance)
     interval = None
     if config.interval is not None:
         low, high = (share * (diffusion.config.steps - 1) for share in config.interval)
@@ -95,22 +84,15 @@ def guided(
     return Guided(
         diffusion,
         model,
-        conds,
-        scales,
+        cond,
+        away,
+        config.guidance,
         interval=interval,
         extrapolation=extrapolation,
-        threshold=_bound(config),
+        clip=config.clip,
         last=final,
         dtype=dtype,
     )
-
-
-def _bound(config: SamplingConfig) -> Callable[[Tensor], Tensor] | None:
-    """How x_0 is bounded at each step."""
-    clip = config.clip
-    if clip is None or config.threshold is None:
-        return None if clip is None else lambda x0: x0.clamp(-clip, clip)
-    return dynamic_threshold(config.threshold, clip)
 
 
 def starting_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

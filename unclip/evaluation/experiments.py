@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unclip.evaluation.findings import Findings
+from unclip.evaluation.guidance import compare_guidance
 from unclip.evaluation.priors import compare_priors
 from unclip.evaluation.probes import binding, linear, pca, typography
 from unclip.evaluation.reranking import reranking
@@ -16,6 +17,7 @@ from unclip.pipeline import UnCLIP
 Experiment = Callable[[UnCLIP, str, Request, Path], Findings]
 EXPERIMENTS: dict[str, Experiment] = {
     "priors": compare_priors,
+    "guidance": compare_guidance,
     "samplers": compare_samplers,
     "reranking": reranking,
     "pca": pca,

@@ -79,13 +79,13 @@ def compare_priors(pipe: UnCLIP, model: str, request: Request, work: Path) -> Fi
         for way in ways:
             told[way], scores[way] = _embeddings(setting, captions, way)
         for way, z in told.items():
-            draw = _drawer(setting, captions, z)
+            draw = drawer(pipe, captions, z, {"size": setting.side, **setting.options})
             pictures[way] = setting.kept.draw(f"prior-{way}", len(captions), draw)
             if z is not None and len(z_true):
                 cosine = agreement(z.cpu(), z_true.repeat_interleave(seeds, 0))["cosine"]
                 scores[way]["cosine"] = cosine
         tables = []
-        named = _named(setting, pictures, subjects.names[:count])
+        by_judge = named(setting, pictures, subjects.names[:count])
         for eye in request.features:
             about = MEANING.format(
                 judge="the judge" if setting.judge != OWN else "the stack's own CLIP",
@@ -94,14 +94,15 @@ def compare_priors(pipe: UnCLIP, model: str, request: Request, work: Path) -> Fi
             )
             rows = {
                 TITLES[way]: scores[way]
-                | named.get(way, {})
-                | _likeness(setting, eye, x, 1 if way == "real" else seeds)
+                | by_judge.get(way, {})
+                | likeness(setting, eye, x, 1 if way == "real" else seeds)
                 for way, x in pictures.items()
             }
             title = f"Priors on {count} captions, {seeds} seeds each, by {eye}"
             tables.append((title, about, *lines_of(COLUMNS, rows)))
             scores[eye] = rows
-    return Findings(scores, tables, _figure(pictures, subjects.captions[:count], seeds), notes)
+    shown = {TITLES[way]: images for way, images in pictures.items()}
+    return Findings(scores, tables, figure(shown, subjects.captions[:count]), notes)
 
 
 def _embeddings(
@@ -115,20 +116,22 @@ def _embeddings(
     return z, {"seconds": (time.perf_counter() - since) / len(captions)}
 
 
-def _drawer(
-    setting: Setting, captions: list[str], z: Tensor | None
+def drawer(
+    pipe: UnCLIP, captions: list[str], z: Tensor | None, options: dict[str, Any]
 ) -> Callable[[range], list[Image.Image]]:
+    """Pictures of captions with these embeddings, or with none: picture k by seed k."""
+
     def draw(rows: range) -> list[Image.Image]:
         own = captions[rows.start : rows.stop]
-        how = {"seed": rows.start, "size": setting.side, **setting.options}
+        how = {"seed": rows.start, **options}
         if z is None:
-            return setting.pipe.text_to_image(own, prior="none", **how)
-        return setting.pipe.image_from_embedding(z[rows.start : rows.stop], own, **how)
+            return pipe.text_to_image(own, prior="none", **how)
+        return pipe.image_from_embedding(z[rows.start : rows.stop], own, **how)
 
     return draw
 
 
-def _named(
+def named(
     setting: Setting, pictures: dict[str, list[Image.Image]], names: list[str]
 ) -> dict[str, dict[str, float]]:
     """How often the judge gives pictures their own name."""
@@ -143,9 +146,7 @@ def _named(
     return found
 
 
-def _likeness(
-    setting: Setting, eye: str, images: list[Image.Image], seeds: int
-) -> dict[str, float]:
+def likeness(setting: Setting, eye: str, images: list[Image.Image], seeds: int) -> dict[str, float]:
     """Distance from real pictures that aren't measured themselves, and what varies by seed."""
     x, real = setting.look(eye, images), setting.train.seen[eye]
     if setting.held is None:
@@ -163,13 +164,13 @@ def _likeness(
     return found
 
 
-def _figure(pictures: dict[str, list[Image.Image]], captions: list[str], seeds: int) -> Image.Image:
+def figure(pictures: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
     """A caption a row, a way a column, the first seed of each; none selected."""
     tiles, words = [], []
     for k, caption in enumerate(captions[:SHOWN]):
-        for way, images in pictures.items():
-            image = images[k if way == "real" else k * seeds]
+        for column, (way, images) in enumerate(pictures.items()):
+            image = images[k * (len(images) // len(captions))]
             factor = max(1, LARGE // image.width)
             tiles.append(image.resize((factor * image.width,) * 2, Image.Resampling.NEAREST))
-            words.append(f"{caption} ({TITLES[way]})" if way == "real" else TITLES[way])
+            words.append(way if column else f"{caption} ({way})")
     return grid(tiles, len(pictures), words)

@@ -21,6 +21,7 @@ from unclip.data.shapes import Scene, Shapes, render, score
 from unclip.errors import ConfigError
 from unclip.evaluation.findings import Findings
 from unclip.evaluation.measures import Probe
+from unclip.evaluation.priors import figure
 from unclip.evaluation.report import Columns, lines_of
 from unclip.evaluation.setting import Request, pairs_of, read_pairs
 from unclip.images import grid, to_pil, to_tensor
@@ -114,9 +115,7 @@ def binding(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findings:
         f"than the one with swapped colours for {100 * told:.0f} % of the scenes."
     )
     table = (f"Binding, {len(scenes)} held-out scenes", about, *lines_of(columns, rows))
-    figure = [p for k in range(SHOWN) for p in (pictures[k] for pictures in made.values())]
-    words = list(made) * SHOWN
-    return Findings({**rows, "told apart": told}, [table], grid(figure, len(made), words))
+    return Findings({**rows, "told apart": told}, [table], figure(made, captions))
 
 
 def _told_apart(

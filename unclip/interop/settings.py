@@ -272,6 +272,7 @@ def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
         ("text_transformer", config.text_transformer, None),
         ("learned_variance", config.learned_variance, True),
         ("layout", config.layout, None),
+        ("inpaint", config.inpaint, False),
         ("scale.kind", config.scale.kind, "raw"),
         ("unet.mid_attention", unet.mid_attention, True),
         ("unet.patch", unet.patch, 1),

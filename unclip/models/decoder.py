@@ -41,7 +41,9 @@ class DecoderConfig(Config):
     `text_transformer` is trained on top of the frozen text states (the paper's text encoder).
     `layout` draws a small picture from the embedding in one go, which the U-Net sees and which
     stands for its result where there is nothing but noise (target x0 only): where things are is
-    what small networks learn last, and alone it is learned in minutes."""
+    what small networks learn last, and alone it is learned in minutes. With `inpaint` the U-Net
+    also sees what is known of the picture, in four channels (GLIDE's inpainting, Nichol et al.
+    2022)."""
 
     resolution: int = Field(gt=0)
     embed: int = Field(gt=0)
@@ -53,6 +55,7 @@ class DecoderConfig(Config):
     learned_variance: bool
     scale: ScaleConfig
     layout: LayoutConfig | None = None
+    inpaint: bool = False
     unet: UNetConfig
 
     @model_validator(mode="after")
@@ -73,11 +76,13 @@ class DecoderConfig(Config):
 
 class DecoderCache(NamedTuple):
     """What does not depend on t: the embeddings' share of the time embedding (B, E); context; the
-    layout at the picture's size (B, 3, H, W), if there is one."""
+    layout at the picture's size (B, 3, H, W), if there is one; what is known of the picture
+    (B, 4, H, W), for a decoder that is shown it."""
 
     emb: Tensor
     context: Context
     layout: Tensor | None
+    known: Tensor | None
 
 
 class Decoder(nn.Module):
@@ -99,7 +104,7 @@ class Decoder(nn.Module):
         self.layout = None
         if config.layout is not None:
             self.layout = Draft(config.layout, config.embed, 3 * config.layout.side**2, emb)
-        in_channels = 3 if config.layout is None else 6
+        in_channels = 3 + 3 * (config.layout is not None) + 4 * config.inpaint
         out_channels = 6 if config.learned_variance else 3
         self.unet = UNet(config.unet, in_channels, out_channels, width)
 
@@ -125,7 +130,11 @@ class Decoder(nn.Module):
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
         context, layout = self.unet.context_kv(tokens, mask), self.laid_out(z_image)
-        return replace(cond, cache=DecoderCache(emb, context, layout))
+        known, side = cond.known, self.config.resolution
+        if self.config.inpaint and known is None:
+            known = z_image.new_zeros(len(z_image), 4, side, side)
+        known = known if self.config.inpaint else None
+        return replace(cond, cache=DecoderCache(emb, context, layout, known))
 
     def laid_out(self, z_image: Tensor) -> Tensor | None:
         """The layout's picture at full size. **Shapes**: (B, D) scaled → (B, 3, H, W)."""
@@ -151,11 +160,12 @@ class Decoder(nn.Module):
         cache = self.prepare(cond).cache
         time = self.time(t)
         emb = time + cache.emb  # (B, E)
-        if self.layout is None:
-            return self.unet(x_t.to(emb.dtype), emb, cache.context).to(x_t.dtype)
-        layout = cache.layout.to(x_t.dtype)
-        x = torch.cat([x_t, layout], dim=1)  # (B, 6, H, W)
+        seen = [part.to(x_t.dtype) for part in (x_t, cache.layout, cache.known) if part is not None]
+        x = torch.cat(seen, dim=1)  # (B, 3, 6, 7 or 10, H, W)
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
+        if self.layout is None:
+            return out
+        layout = cache.layout.to(x_t.dtype)
         share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
         return out + share * (layout - out)
 

@@ -29,6 +29,8 @@ from unclip.stages.kinds import KINDS, Kind, build
 from unclip.stages.lora import LORA
 from unclip.stages.stage import Stage
 
+GONE = ("text_guidance", "threshold")  # settings that models may name, None in all of them
+
 
 @dataclass(frozen=True)
 class StoredStage:
@@ -102,7 +104,9 @@ def _describe(kind: Kind, data: dict[str, Any], name: str, where: str) -> Stage:
         drawing = parse_config(data["sampling"], ArSamplingConfig, where)
         return ArStage.of(build(config), drawing, encoder)
     diffusion = parse_config(data["diffusion"], DiffusionConfig, where)
-    sampling = parse_config(data["sampling"], SamplingConfig, where)
+    asked = data["sampling"].items()
+    kept = {key: value for key, value in asked if key not in GONE or value is not None}
+    sampling = parse_config(kept, SamplingConfig, where)
     if getattr(config, "learned_variance", False) != diffusion.learned_variance:
         raise ConfigError("learned_variance of model and diffusion must agree")
     process = GaussianDiffusion(diffusion, _power(data.get("power", {})))

@@ -1,4 +1,7 @@
-"""Pictures moved at random, each by its sample's number: more pictures than there are."""
+"""Pictures moved and masked at random, each by its sample's number: more pictures than there are.
+
+B batch, R a picture's side.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,26 @@ def place(
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Outside a picture grid_sample reads 0: shift white there and back.
     return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1
+
+
+def masks(ids: Tensor, side: int, seed: int) -> Tensor:
+    """What of pictures is to be drawn while an inpainting decoder trains: a quarter each have a
+    rectangle hidden, all but a rectangle, a half of the picture, and everything, so that drawing
+    whole pictures is not forgotten.
+
+    **Shapes**: ids (B,) → (B, 1, R, R) bool, True = hidden.
+    """
+    hidden = torch.ones(len(ids), 1, side, side, dtype=torch.bool)
+    for k, i in enumerate(ids):
+        generator = randomness.generator(seed, "mask", int(i))
+        kind, turn = torch.randint(4, (2,), generator=generator).tolist()
+        low, span = torch.rand(2, 2, generator=generator)  # of both directions
+        height, width = (side * (1 + 2 * span) / 4).ceil().long().tolist()  # 1/4 to 3/4
+        top, left = (low * (side + 1 - torch.tensor([height, width]))).long().tolist()
+        if kind == 2:
+            hidden[k] = torch.arange(side)[:, None] < side // 2
+            hidden[k] = hidden[k].rot90(turn, (1, 2))
+        elif kind < 2:
+            hidden[k] = bool(kind)
+            hidden[k, :, top : top + height, left : left + width] = not kind
+    return hidden

@@ -24,11 +24,12 @@ from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import DataConfig, Spec
 from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
+from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
 from unclip.models.decoder import DecoderConfig
-from unclip.training.augment import PlaceConfig, place
+from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig
 from unclip.training.task import (
@@ -95,6 +96,9 @@ class DecoderTask(StageTask):
             drop_text=self.drop("text", ids, images),
         )
         x0 = resize(images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
+        if self.run.model.inpaint:
+            hidden = masks(ids, x0.shape[-1], self.run.train.seed).to(x0.device, non_blocking=True)
+            cond = replace(cond, known=Kept(x0, hidden).shown())
         t, noise = draw(self.run, ids, x0, batch.noise)
         distance = self.perceived if self.run.perceptual > 0 else None
         return self.stage.diffusion.loss(model, x0, cond, t, noise, distance)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ FREE = {
     "weight",
     "bias",
     "time_power",
+    "inpaint",
 }
+FIRST = "unet.conv_in.weight"
 
 
 class DropConfig(Config):
@@ -294,13 +297,19 @@ def start_from(stage: Stage, path: str | Path) -> None:
     """Take over the weights of the same stage in a folder, a run or a hub id, or of its only kin.
 
     Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
-    Karlo's layout are read as they are.
+    Karlo's layout are read as they are. Channels that an inpainting decoder sees and the other
+    doesn't begin at zero, as no change (GLIDE).
 
     **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
     was trained with another encoder.
     """
     stored = kin_of(stage, path)
-    load_tensors(stage.network, stored.tensors, stored.where)
+    tensors = stored.tensors
+    if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
+        narrow = tensors[FIRST]
+        lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
+        tensors = {**tensors, FIRST: F.pad(narrow, (0, 0, 0, 0, 0, lacking))}
+    load_tensors(stage.network, tensors, stored.where)
 
 
 def kin_of(stage: Stage, path: str | Path) -> StoredStage:
