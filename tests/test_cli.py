@@ -514,6 +514,7 @@ def test_a_stage_given_twice_is_an_error(run, tmp_path):
 @pytest.mark.parametrize("verb", ["text", "vary", "embed", "convert", "assemble"])
 def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_sought(run, tmp_path, verb):
     (tmp_path / "file").touch()
+    (tmp_path / "z.npy").touch()
     out = tmp_path / "file" / "below"
     args = {
         "text": ("x", "--out", out),
