@@ -55,7 +55,7 @@ def configured(what: str, clip: str, out: Path, precision: str) -> Any:
     common += ["sampling.steps=2"]
     if what == "decoder":
         more = ["model.layout={side: 8, width: 32}", "model.unet.checkpointing=true"]
-        more += ["jitter=0.1", "train.accumulate=2", "model.unet.multiple=[1, 2]"]
+        more += ["jitter=0.1", "perceptual=0.1", "train.accumulate=2", "model.unet.multiple=[1, 2]"]
         more += ["model.unet.attention=[false, true]"]
         return tiny("decoder", clip, *common, *more)
     if what == "prior":
