@@ -261,7 +261,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-qW", "--keep-going", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "no picture at" in (tmp_path / "errors.html").read_text(encoding="utf-8")
+    page = (tmp_path / "errors.html").read_text(encoding="utf-8")
+    assert "no picture at" in re.sub(r"<[^>]+>", "", page)  # each word is an element of its own
 
 
 @pytest.mark.docs
