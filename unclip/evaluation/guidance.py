@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from unclip.evaluation.findings import Findings
-from unclip.evaluation.priors import TITLES, drawer, figure, likeness, named
+from unclip.evaluation.priors import LIKENESS, TITLES, drawer, figure, likeness, named
 from unclip.evaluation.report import Columns, lines_of
-from unclip.evaluation.setting import OWN, Request, set_up
+from unclip.evaluation.setting import Request, set_up
 from unclip.images import to_pil
 from unclip.pipeline import UnCLIP
 
@@ -30,10 +30,7 @@ ALONE = {f"caption alone, {scale:g}": {"guidance": scale} for scale in (1.0, 2.0
 COLUMNS: Columns = {
     "top1": ("name top-1", 100, 0),
     "top5": ("top-5", 100, 0),
-    "frechet": ("Fréchet", 1, 1),
-    "kernel": ("kernel", 1000, 0),
-    "precision": ("precision", 100, 0),
-    "recall": ("recall", 100, 0),
+    **LIKENESS,
 }
 MEANING = """\
 Captions, embeddings of the prior and the decoder's noise are the same in every row, but that
@@ -62,14 +59,14 @@ def compare_guidance(pipe: UnCLIP, model: str, request: Request, work: Path) -> 
             draw = drawer(pipe, captions, z, {"size": setting.side, **setting.options, **how})
             pictures[name] = setting.kept.draw(f"guidance-{name}", count, draw)
         by_name = named(setting, pictures, names)
-        judge = "the judge" if setting.judge != OWN else "the stack's own CLIP"
         scores, tables = {}, []
         for eye in request.features:
             rows = {
                 way: by_name.get(way, {}) | likeness(setting, eye, x, 1)
                 for way, x in pictures.items()
             }
-            about = MEANING.format(judge=judge, eye=setting.eyes[eye].network.about)
+            seen_by = setting.eyes[eye].network.about
+            about = MEANING.format(judge=setting.judge_in_words, eye=seen_by)
             title = f"Guidance of the decoder on {count} captions, by {eye}"
             tables.append((title, about, *lines_of(COLUMNS, rows)))
             scores[eye] = rows

@@ -34,13 +34,16 @@ TITLES = {
     "text": "text embedding in its place",
     "none": "no embedding, the caption alone",
 }
-COLUMNS: Columns = {
-    "top1": ("name top-1", 100, 1),
-    "top5": ("top-5", 100, 1),
+LIKENESS: Columns = {  # see `likeness`
     "frechet": ("Fréchet", 1, 1),
     "kernel": ("kernel", 1000, 0),
     "precision": ("precision", 100, 0),
     "recall": ("recall", 100, 0),
+}
+COLUMNS: Columns = {
+    "top1": ("name top-1", 100, 1),
+    "top5": ("top-5", 100, 1),
+    **LIKENESS,
     "variety": ("over seeds", 1, 3),
     "cosine": ("cosine to true z", 1, 3),
     "seconds": ("s a caption", 1, 3),
@@ -88,7 +91,7 @@ def compare_priors(pipe: UnCLIP, model: str, request: Request, work: Path) -> Fi
         by_judge = named(setting, pictures, subjects.names[:count])
         for eye in request.features:
             about = MEANING.format(
-                judge="the judge" if setting.judge != OWN else "the stack's own CLIP",
+                judge=setting.judge_in_words,
                 names=len(setting.names),
                 eye=setting.eyes[eye].network.about,
             )

@@ -110,6 +110,11 @@ class Setting:
         """Who names pictures: the judge, or where there is none the stack's own encoder."""
         return "judge" if "judge" in self.judges else OWN
 
+    @property
+    def judge_in_words(self) -> str:
+        """The same, for tables."""
+        return "the stack's own CLIP" if self.judge == OWN else "the judge"
+
     def names_as_read_by(self, judge: str) -> Tensor:
         """Text embeddings of all names, without a style. **Shapes**: → (K, D)."""
         texts = [self.request.wording.plain(name) for name in self.names]

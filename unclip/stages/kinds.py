@@ -73,6 +73,12 @@ def kind_of(config: Config) -> Kind:
     return next(kind for kind in KINDS.values() if isinstance(config, kind.config))
 
 
+def stage_name(config: Config) -> str:
+    """What the stage of a network is called: by its kind, an upsampler by its size as well."""
+    name = kind_of(config).name
+    return f"{name}_{config.high}" if isinstance(config, UpsamplerConfig) else name
+
+
 def kind_of_keys(keys: Iterable[str]) -> Kind | None:
     """The kind whose configuration most resembles one with these keys, if any does.
 

@@ -40,6 +40,7 @@ from unclip.training.task import (
     check_lora,
     draw,
     frozen_clip,
+    told_of,
     train,
 )
 
@@ -136,11 +137,7 @@ class DecoderTask(StageTask):
     def _cond(
         self, images: Tensor, text: list[str] | Tensor, z_image: Tensor | None = None
     ) -> Cond:
-        reads_text = self.run.model.text_width is not None
-        return Cond(
-            image_embed=self.clip.encode_image(images).float() if z_image is None else z_image,
-            text=self.clip.encode_text(text) if reads_text else None,
-        )
+        return told_of(self.clip, images, text if self.stage.reads_text else None, z_image)
 
     def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
         z, seed = cond.image_embed, self.run.train.seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from unclip.models.lora import adapt
 from unclip.precision import default_dtype
 from unclip.sources import Source
 from unclip.stages import lora
-from unclip.stages.kinds import kind_of
+from unclip.stages.kinds import kind_of, stage_name
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage
 from unclip.training.fit import Task, fit
@@ -137,13 +137,12 @@ class StageTask:
     clip: FrozenCLIP  # of all but upsamplers
 
     def __init__(self, run: Any, clip: FrozenCLIP | None = None, train: Dataset | None = None):
-        kind = kind_of(run.model)
         if clip is not None:
             self.clip = clip
             check_widths(clip, run)
         self.run, self.shown = run, Shown(run.data, train)
-        self.name = f"upsampler_{run.model.high}" if kind.name == "upsampler" else kind.name
-        self.model: nn.Module = kind.network(run.model)
+        self.name = stage_name(run.model)
+        self.model: nn.Module = kind_of(run.model).network(run.model)
         self.stage = self._stage(None if clip is None else clip.fingerprint)
         self.product: nn.Module = self.model
         self.rank: int | None = getattr(run, "lora", None)
@@ -280,6 +279,20 @@ def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
     **Shapes**: → (B, D) float32.
     """
     return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
+
+
+def told_of(
+    clip: FrozenCLIP,
+    images: Tensor,
+    text: Sequence[str] | Tensor | None,
+    z_image: Tensor | None = None,
+) -> Cond:
+    """What a decoder is told of pictures: their embeddings, at hand or not, and their captions, or
+    None to one that reads none. **Shapes**: (B, 3, H, W), B captions or their tokens → B rows."""
+    return Cond(
+        image_embed=clip.encode_image(images).float() if z_image is None else z_image,
+        text=None if text is None else clip.encode_text(text),
+    )
 
 
 def load_weights(model: nn.Module, name: str, path: str | Path) -> None:

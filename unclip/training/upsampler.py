@@ -29,7 +29,7 @@ from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.sources import Source
 from unclip.training.fit import TrainConfig
-from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, train
+from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, told_of, train
 
 
 class RedrawnConfig(Config):
@@ -145,19 +145,16 @@ class Redrawn:
         level = int(share * process.config.steps)
         own = rows.to(low.device, non_blocking=True)
         x0 = resize(batch.images[own], low.shape[-1]).clamp(-1, 1)
-        noise = randomness.normal(self.seed, "redrawing", ids[rows], x0.shape[1:]).to(x0)
+        noise = randomness.normal(self.seed, "redrawing", ids[rows], x0.shape[1:])
+        noise = noise.to(x0.device, non_blocking=True)
         t = torch.full((len(rows),), level, device=x0.device)
-        cond = Cond(
-            image_embed=self.clip.encode_image(batch.images[own]).float(),
-            text=self.clip.encode_text([batch.captions[k] for k in rows.tolist()])
-            if self.decoder.reads_text
-            else None,
-        )
+        captions = [batch.captions[k] for k in rows.tolist()]
+        text = captions if self.decoder.reads_text else None
         config = self.decoder.sampling.model_copy(
             update={"sampler": "ddim", "steps": min(self.how.steps, level + 1), "eta": 0.0}
         )
         drawn = self.decoder.draw(
-            cond,
+            told_of(self.clip, batch.images[own], text),
             self.decoder.shape,
             config,
             [torch.Generator() for _ in rows],

@@ -19,7 +19,7 @@ from unclip.errors import ConfigError
 from unclip.files.disk import check_writable, write_new
 from unclip.images import grid, resize, to_pil
 from unclip.stages.ar_prior import ArStage
-from unclip.stages.kinds import KINDS, build
+from unclip.stages.kinds import KINDS, build, stage_name
 from unclip.stages.stage import Stage
 from unclip.training.launch import start_accelerator
 from unclip.training.plan import GB, Plan, plan
@@ -163,8 +163,8 @@ def _stage(run: Run, clip: Any) -> Stage:
     network = build(config.model)
     if run.name == "ar_prior":
         return ArStage.of(network, config.sampling, encoder)
-    name = f"upsampler_{config.model.high}" if run.name == "upsampler" else run.name
-    return Stage(name, network, GaussianDiffusion(config.diffusion), config.sampling, encoder)
+    process = GaussianDiffusion(config.diffusion)
+    return Stage(stage_name(config.model), network, process, config.sampling, encoder)
 
 
 def _told(path: str, needs: Plan, gpus: int, memory: float | None) -> str:
