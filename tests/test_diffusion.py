@@ -10,10 +10,12 @@ from diffusers import DDPMScheduler, UnCLIPScheduler
 from torch.testing import assert_close
 
 from unclip.conditioning import Cond
+from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion, betas, loss_weights
-from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
+from unclip.diffusion.sampling import SamplingConfig, denoise
 from unclip.diffusion.schedulers import make_scheduler
 from unclip.errors import ConfigError
+from unclip.randomness import noise_of
 
 SAMPLERS = ["ddpm", "ddim", "dpm++", "unipc"]
 
@@ -52,8 +54,8 @@ def generators(n, seed=0):
 
 
 def sample(diffusion, model, cond, shape, config, generators, **more):
-    guess = guided(diffusion, model, cond, config, **more)
-    noise = starting_noise(shape, generators)
+    guess = Guided(diffusion, model, cond, config, **more)
+    noise = noise_of(generators, shape)
     return [*denoise(guess, diffusion, config, noise, generators)][-1].x
 
 
@@ -299,7 +301,7 @@ def test_guidance_acts_and_costs_within_its_interval_only():
     for rows, t in model.asked:
         assert rows == (2 if 0.2 <= t / 999 <= 0.5 else 1)
     assert {rows for rows, _ in model.asked} == {1, 2}
-    guess = guided(gaussian("x0"), Told(), told(1.0), config, negative=told(0.0))
+    guess = Guided(gaussian("x0"), Told(), told(1.0), config, negative=told(0.0))
     x_t = torch.randn(1, 3, 4, 4)
     assert_close([float(guess(x_t, t)[0].mean()) for t in (0, 400, 900)], [1.0, 3.0, 1.0])
     with pytest.raises(ValueError, match="interval"):
@@ -319,7 +321,7 @@ def test_x_may_be_replaced_between_steps_at_the_timestep_it_stands_at(sampler):
     """Half of the picture is put back, noised to where the trajectory stands: inpainting."""
     diffusion, known = gaussian("v"), torch.rand(2, 3, 4, 8) - 0.5
     config = SamplingConfig(sampler=sampler, steps=12, clip=None)
-    noise, seen = starting_noise((3, 4, 8), generators(2)), []
+    noise, seen = noise_of(generators(2), (3, 4, 8)), []
 
     def after(x, t):
         seen.append(t)
@@ -327,7 +329,7 @@ def test_x_may_be_replaced_between_steps_at_the_timestep_it_stands_at(sampler):
         there = known if t is None else diffusion.q_sample(known, at, noise)
         return torch.cat([there[..., :4], x[..., 4:]], dim=-1)
 
-    guess = guided(diffusion, PerfectDenoiser(diffusion), condition(2), config)
+    guess = Guided(diffusion, PerfectDenoiser(diffusion), condition(2), config)
     steps = [*denoise(guess, diffusion, config, noise, generators(2, seed=9), after)]
     _, timesteps = make_scheduler(diffusion, sampler, 12)
     assert seen == [step.t for step in steps] == [*timesteps[1:], None]

@@ -16,8 +16,9 @@ from torch.nn.functional import silu
 from torch.testing import assert_close
 
 from unclip.conditioning import Cond
+from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import DiffusionConfig, GaussianDiffusion
-from unclip.diffusion.sampling import SamplingConfig, denoise, guided
+from unclip.diffusion.sampling import SamplingConfig, denoise
 from unclip.interop.names import Names, _block, _resnet
 from unclip.models.unet import Block, UNetConfig
 
@@ -66,7 +67,7 @@ def test_whole_trajectories_of_the_ancestral_sampler(steps: int, total: float, m
     process = GaussianDiffusion(DiffusionConfig(target="eps"))
     config = SamplingConfig(sampler="ddpm", steps=steps, clip=1.0)
     ramp = torch.arange(768.0).view(3, 8, 8, 4).permute(3, 0, 1, 2) / 768
-    guess = guided(process, Fading(), Cond(image_embed=torch.zeros(1, 1)), config)
+    guess = Guided(process, Fading(), Cond(image_embed=torch.zeros(1, 1)), config)
     generators = [torch.Generator().manual_seed(0)]
     *_, last = denoise(guess, process, config, ramp.reshape(1, 12, 8, 8), generators)
     assert abs(float(last.x.abs().sum()) - total) < 1e-2

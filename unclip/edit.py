@@ -20,13 +20,14 @@ from torch import Tensor
 from unclip.clip import sphere
 from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept, mask_at
-from unclip.diffusion.sampling import SamplingConfig, starting_noise
+from unclip.diffusion.sampling import SamplingConfig
 from unclip.drawing import Start
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
 from unclip.inputs import Picture, as_embeddings, as_pictures, as_seeds
 from unclip.options import BY_STAGE, DECODERS, Options
 from unclip.progress import Progress, steps_of
+from unclip.randomness import noise_of
 from unclip.reader import Reader
 from unclip.stages import decoder as decoders
 from unclip.stages.resident import resident
@@ -118,7 +119,7 @@ def invert_as_asked(
 def noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
     """An x_T for each seed. **Shapes**: B seeds → (B, 3, R, R)."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return starting_noise(pipe.need("decoder", "pictures").shape, generators)
+    return noise_of(generators, pipe.need("decoder", "pictures").shape)
 
 
 def redraw(

@@ -31,9 +31,16 @@ def normal(seed: int, purpose: str, ids: Sequence[int] | Tensor, shape: Sequence
     )
 
 
-def uniform(seed: int, purpose: str, ids: Sequence[int] | Tensor) -> Tensor:
-    """One number from [0, 1) for each id. **Shapes**: ids (B,) → (B,), float32 on the CPU."""
-    return torch.stack([torch.rand((), generator=generator(seed, purpose, int(i))) for i in ids])
+def uniform(
+    seed: int, purpose: str, ids: Sequence[int] | Tensor, shape: Sequence[int] = ()
+) -> Tensor:
+    """Numbers from [0, 1), one independent draw for each id.
+
+    **Shapes**: ids (B,), shape (...) → (B, ...), float32 on the CPU.
+    """
+    return torch.stack(
+        [torch.rand(tuple(shape), generator=generator(seed, purpose, int(i))) for i in ids]
+    )
 
 
 def integers(seed: int, purpose: str, ids: Sequence[int] | Tensor, high: int) -> Tensor:
@@ -41,6 +48,14 @@ def integers(seed: int, purpose: str, ids: Sequence[int] | Tensor, high: int) ->
     return torch.stack(
         [torch.randint(high, (), generator=generator(seed, purpose, int(i))) for i in ids]
     )
+
+
+def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, each row drawn by its own generator.
+
+    **Shapes**: B generators, shape (...) → (B, ...), float32 on the CPU.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import Guess
-from unclip.diffusion.process import GaussianDiffusion
+from unclip.diffusion.process import GaussianDiffusion, Guess
+from unclip.randomness import noise_of
 
 
 def reverse_variance(here: float, there: float, power: float) -> float:
@@ -79,16 +80,11 @@ class AnalyticDPM:
         posterior = (1 - there) / (1 - here) * (1 - here / there)
         eps = (sample - here**0.5 * x0) / (1 - here) ** 0.5
         mean = there**0.5 * x0 + (1 - there - posterior) ** 0.5 * eps
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generator])
-        return (mean + variance**0.5 * noise.to(mean.device),)
+        noise = noise_of(generator, x0.shape[1:]).to(mean.device)
+        return (mean + variance**0.5 * noise,)
 
 
 def interpolated(power: Mapping[int, float], steps: int) -> Tensor:
     """The statistics at every timestep, linearly between those measured. **Shapes**: → (T,)."""
     at = sorted(power)
-    known = torch.tensor([power[t] for t in at], dtype=torch.float64)
-    grid = torch.arange(steps, dtype=torch.float64)
-    place = torch.searchsorted(torch.tensor(at, dtype=torch.float64), grid).clamp(1, len(at) - 1)
-    left, right = torch.tensor(at)[place - 1], torch.tensor(at)[place]
-    share = ((grid - left) / (right - left)).clamp(0, 1)
-    return torch.lerp(known[place - 1], known[place], share)
+    return torch.from_numpy(np.interp(np.arange(steps), at, [power[t] for t in at]))

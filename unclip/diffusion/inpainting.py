@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.images import resize
+from unclip.randomness import noise_of
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,9 @@ class Kept:
         def put_back(x: Tensor, t: int | None, rows: slice) -> Tensor:
             known = self.pictures[rows]
             if t is not None:
-                own = generators[rows]
-                noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in own])
+                noise = noise_of(generators[rows], x.shape[1:]).to(x.device)
                 times = torch.full((len(x),), t, device=x.device)
-                known = diffusion.q_sample(known, times, noise.to(x.device))
+                known = diffusion.q_sample(known, times, noise)
             return torch.where(self.mask[rows], x, known)
 
         return put_back

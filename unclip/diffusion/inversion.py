@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import Guess
-from unclip.diffusion.process import GaussianDiffusion
+from unclip.diffusion.process import GaussianDiffusion, Guess
 
 ITERATIONS = 4  # a step; the first is what inverting without iterations would take
 

@@ -33,6 +33,13 @@ class Denoiser(Protocol):
         """The same conditions with everything that does not change between steps computed once."""
 
 
+class Guess(Protocol):
+    """What a sampler asks at each step, and all that it knows of networks and conditions."""
+
+    def __call__(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        """x_0 and the channels of a learned variance. **Shapes**: (B, *) → (B, *), float32."""
+
+
 class DiffusionConfig(Config):
     """A schedule and what the network predicts on it.
 

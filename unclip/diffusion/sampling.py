@@ -12,11 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
-from unclip.diffusion.guidance import Guess, Guided
-from unclip.diffusion.process import Denoiser, GaussianDiffusion
+from unclip.diffusion.process import GaussianDiffusion, Guess
 from unclip.diffusion.schedulers import SamplerName, make_scheduler
+from unclip.randomness import noise_of
 
 
 class SamplingConfig(Config):
@@ -50,54 +49,6 @@ class Step(NamedTuple):
     x: Tensor
     t: int | None
     x0: Tensor
-
-
-def guided(
-    diffusion: GaussianDiffusion,
-    model: Denoiser,
-    cond: Cond,
-    config: SamplingConfig,
-    *,
-    null_text: TextEncoding | None = None,
-    negative: Cond | None = None,
-    last: Denoiser | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Guided:
-    """A network's guesses as a stage's sampling settings want them.
-
-    Guidance leads away from `negative` or, without one, from no condition at all. `last` takes the
-    network's place in the final step. **Shapes**: cond and negative have B rows, null_text one,
-    needed for guidance with text.
-    """
-    away, extrapolation = None, 1.0
-    if cond.low_res is not None:
-        extrapolation = config.guidance
-    elif config.guidance != 1:
-        away = cond.null(null_text) if negative is None else negative
-    interval = None
-    if config.interval is not None:
-        low, high = (share * (diffusion.config.steps - 1) for share in config.interval)
-        interval = int(-(-low // 1)), int(high)
-    final = None
-    if last is not None:
-        final = last, make_scheduler(diffusion, config.sampler, config.steps)[1][-1]
-    return Guided(
-        diffusion,
-        model,
-        cond,
-        away,
-        config.guidance,
-        interval=interval,
-        extrapolation=extrapolation,
-        clip=config.clip,
-        last=final,
-        dtype=dtype,
-    )
-
-
-def starting_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """x_T, each row drawn by its own generator. **Shapes**: B generators → (B, *shape)."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
 @torch.no_grad()
@@ -141,5 +92,5 @@ def denoise(
             if after is not None:
                 x = after(x, then)
             if left and then is not None:
-                x = diffusion.renoise(x, then, t, starting_noise(x.shape[1:], generators))
+                x = diffusion.renoise(x, then, t, noise_of(generators, x.shape[1:]))
         yield Step(x, then, x0)

@@ -16,7 +16,7 @@ from unclip.conditioning import Cond
 from unclip.data.open import open_dataset
 from unclip.data.sample import Batch, fixed
 from unclip.diffusion.analytic import measure_power
-from unclip.diffusion.guidance import Guess
+from unclip.diffusion.process import Guess
 from unclip.errors import ConfigError
 from unclip.files.checkpoints import MANIFEST
 from unclip.files.disk import write_json

@@ -14,12 +14,13 @@ from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.guidance import Guided
 from unclip.diffusion.process import GaussianDiffusion
-from unclip.diffusion.sampling import SamplingConfig, denoise, guided, starting_noise
+from unclip.diffusion.sampling import SamplingConfig, denoise
 from unclip.diffusion.tiling import Tiled
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
 from unclip.progress import Progress, steps_of
+from unclip.randomness import noise_of
 from unclip.stages.kinds import kind_of
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
@@ -118,7 +119,7 @@ class Stage:
         network, last = self.network, self.last
         if tile is not None and cond.low_res is not None and tile < cond.low_res.shape[-1]:
             network, last = Tiled(network, tile), last and Tiled(last, tile)
-        return guided(
+        return Guided(
             self.diffusion,
             network,
             cond,
@@ -174,7 +175,7 @@ class Stage:
                     tile=tile,
                 )
                 own = generators[rows]
-                x = starting_noise(shape, own) if x_T is None else x_T[rows]
+                x = noise_of(own, shape) if x_T is None else x_T[rows]
                 x = x.to(cond.device, torch.float32)
                 enter = None if after is None else _in_rows(after, rows)
                 for step in denoise(
