@@ -78,8 +78,7 @@ class Cond:
         assert self.cache is None, "drop conditions before model.prepare"
         cond = self
         if drop_image is not None and self.image_embed is not None:
-            keep = ~drop_image if self.keep_image is None else self.keep_image & ~drop_image
-            cond = replace(cond, keep_image=keep)
+            cond = replace(cond, keep_image=self.kept() & ~drop_image)
         if drop_text is not None and self.text is not None:
             assert null_text is not None, "dropping text needs the encoded empty string"
             rows = zip(self.text, null_text, strict=True)
@@ -95,6 +94,12 @@ class Cond:
         """The same with no image embedding and no text; the low-resolution image stays."""
         everywhere = torch.ones(len(self), dtype=torch.bool, device=self.device)
         return self.drop(null_text, drop_image=everywhere, drop_text=everywhere)
+
+    def kept(self) -> Tensor:
+        """Where the image embedding is not left out. **Shapes**: → (B,) bool."""
+        if self.keep_image is None:
+            return torch.ones(len(self), dtype=torch.bool, device=self.device)
+        return self.keep_image
 
     def rows(self, index: slice) -> Cond:
         """The chosen rows, before `model.prepare`."""
@@ -117,10 +122,7 @@ class Cond:
         for field in fields(cls):
             values = [getattr(cond, field.name) for cond in conds]
             if field.name == "keep_image" and any(v is not None for v in values):
-                values = [
-                    torch.ones(len(c), dtype=torch.bool, device=c.device) if v is None else v
-                    for c, v in zip(conds, values, strict=True)
-                ]
+                values = [cond.kept() for cond in conds]
             if all(value is None for value in values):
                 parts[field.name] = None
             elif any(value is None for value in values):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.clip.embeddings import check_raw
 from unclip.clip.encoder import FrozenCLIP
-from unclip.clip.towers import unread
+from unclip.clip.towers import Tokenizer
 from unclip.conditioning import TextEncoding
+from unclip.data.embeddings import check_raw
 from unclip.errors import CheckpointError, UnclipWarning
 from unclip.images import pad_to_square
 from unclip.inputs import Picture, as_embeddings, as_pictures, as_prompts
@@ -93,3 +93,21 @@ class Reader:
             return norm
         with self.at_work() as clip:
             return clip.norm
+
+
+def unread(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[str]:
+    """A sentence on each text of which an encoder does not read all: what, and why not."""
+    for text in dict.fromkeys(texts):
+        cut, unknown, known = tokenizer.lost(text)
+        name = repr(text if len(text) <= 60 else f"{text[:59]}…")
+        if unknown and not known:
+            yield f"the encoder knows no word of {name}; pictures of such texts are all alike"
+            continue
+        if cut:
+            yield (
+                f"the encoder reads {tokenizer.context} tokens of a text; of {name} it does not "
+                f"read the end, {cut!r}"
+            )
+        if unknown:
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            yield f"the encoder does not know these words of {name}: {words}"

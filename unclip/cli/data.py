@@ -30,7 +30,7 @@ def embed(
 
     import torch
 
-    from unclip.clip.embeddings import write_embeddings
+    from unclip.data.embeddings import write_embeddings
     from unclip.files.disk import check_writable
     from unclip.pipeline import UnCLIP
     from unclip.progress import progress_bar

@@ -102,7 +102,7 @@ def vary(
     ] = False,
 ) -> None:
     """Make variations of a picture, or pictures of embeddings that `embed` wrote."""
-    from unclip.clip.embeddings import SUFFIXES, read_embeddings
+    from unclip.data.embeddings import SUFFIXES, read_embeddings
     from unclip.edit import invert_as_asked
     from unclip.images import load_image
 

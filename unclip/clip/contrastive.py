@@ -26,7 +26,7 @@ def contrastive_loss(
     **Shapes**: z_image, z_text (B, D) unit norm; ids (B, L) token ids; scale () →
     loss, top1 (B,): top1 is 1 where the picture's own caption scores highest.
     """
-    all_image, all_text, all_ids = gather(z_image), gather(z_text), gather_ids(ids)  # (G, D)
+    all_image, all_text, all_ids = (gather(part) for part in (z_image, z_text, ids))  # (G, ·)
     own = torch.arange(len(ids), device=ids.device) + _rank() * len(ids)
     same = (ids[:, None] == all_ids[None]).all(-1)  # (B, G)
     same[torch.arange(len(ids), device=ids.device), own] = False
@@ -45,15 +45,6 @@ def gather(x: Tensor) -> Tensor:
     **Shapes**: (B, ...) → (G, ...).
     """
     return torch.cat(dist_nn.all_gather(x.contiguous())) if _world() > 1 else x
-
-
-def gather_ids(ids: Tensor) -> Tensor:
-    """Integer rows of all processes, in order of rank. **Shapes**: (B, L) → (G, L)."""
-    if _world() == 1:
-        return ids
-    parts = [torch.empty_like(ids) for _ in range(_world())]
-    dist.all_gather(parts, ids.contiguous())
-    return torch.cat(parts)
 
 
 def retrieval_rank(z_image: Tensor, z_text: Tensor) -> Tensor:

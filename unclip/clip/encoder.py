@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.clip.fingerprint import PROBE_TEXTS, Fingerprint, digest, probes
-from unclip.clip.open import open_encoder
+from unclip.clip.open import Parts, describe, open_encoder
 from unclip.clip.preprocessing import PreprocessConfig, resize_and_crop, resize_pil
-from unclip.clip.towers import BpeTokenizer, OpenClipTowers, Towers, TransformersTowers, tokens
+from unclip.clip.towers import OpenClipTowers, Towers, tokens
 from unclip.conditioning import TextEncoding
-from unclip.errors import CheckpointError
 from unclip.files.folder import write_stage
 from unclip.images import to_rgb, to_tensor
 
@@ -67,19 +66,10 @@ class FrozenCLIP(nn.Module):
 
         **Raises**: `CheckpointError` for what a model folder can't describe.
         """
-        config: dict[str, Any] = {"name": self.name, "preprocess_cfg": self.preprocess.model_dump()}
-        if isinstance(self.towers, TransformersTowers):
-            text: Any = self.towers.text
-            vision: Any = self.towers.vision
-            config["transformers"] = {
-                "text": text.config.to_dict(),
-                "vision": None if vision is None else vision.config.to_dict(),
-            }
-            self._check_tokenizer()
-        else:
-            config["model_cfg"] = self._model_config()
-            config["vocabulary"] = getattr(self.towers.tokenizer, "vocabulary", None)
-        return {**config, "fingerprint": self.fingerprint.model_dump()}
+        return {
+            **describe(Parts(self.towers, self.preprocess, self.name)),
+            "fingerprint": self.fingerprint.model_dump(),
+        }
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """A frozen encoder stays in evaluation mode."""
@@ -182,19 +172,3 @@ class FrozenCLIP(nn.Module):
             preprocessing=self.preprocess.describe(),
             probes=[[round(value, 6) for value in row] for part in unit for row in part.tolist()],
         )
-
-    def _model_config(self) -> dict[str, Any]:
-        config = self.towers.config if isinstance(self.towers, OpenClipTowers) else None
-        if config is None:
-            raise CheckpointError(
-                f"{self.name!r} has an architecture that a model folder does not describe; "
-                "name the encoder by its open_clip name and tag instead of saving it"
-            )
-        return config.model_dump()
-
-    def _check_tokenizer(self) -> None:
-        if self.towers.tokenizer.raw(PROBE_TEXTS) != BpeTokenizer(self.context).raw(PROBE_TEXTS):
-            raise CheckpointError(
-                f"{self.name!r} does not use CLIP's own byte-pair vocabulary, "
-                "so a model folder can't hold it"
-            )

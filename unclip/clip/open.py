@@ -1,6 +1,7 @@
 """Where encoders come from: model folders, transformers, open_clip, and folders like Karlo's.
 
-What is opened is given in parts, of which `FrozenCLIP` is made.
+What is opened is given in parts, of which `FrozenCLIP` is made; `describe` puts them into the words
+of a model folder.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from unclip.clip.fingerprint import PROBE_TEXTS
 from unclip.clip.preprocessing import PreprocessConfig, transformers_preprocess
 from unclip.clip.towers import (
     BpeTokenizer,
@@ -93,18 +95,12 @@ def _build_stage(stage: Path, data: dict[str, Any], where: str) -> Parts:
         model = build_clip(config)
         towers = OpenClipTowers(model, tokenizer, config)
     elif "transformers" in data:
-        from transformers import (
-            CLIPTextConfig,
-            CLIPTextModelWithProjection,
-            CLIPVisionConfig,
-            CLIPVisionModelWithProjection,
-        )
+        import transformers as hf
 
-        text = CLIPTextModelWithProjection(CLIPTextConfig(**data["transformers"]["text"]))
-        vision = None
-        if data["transformers"]["vision"] is not None:
-            vision_config = CLIPVisionConfig(**data["transformers"]["vision"])
-            vision = CLIPVisionModelWithProjection(vision_config)
+        said, vision = data["transformers"], None
+        text = hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**said["text"]))
+        if said["vision"] is not None:
+            vision = hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**said["vision"]))
         tokenizer = BpeTokenizer(text.config.max_position_embeddings)
         model = towers = TransformersTowers(text, vision, tokenizer)
     else:
@@ -112,6 +108,32 @@ def _build_stage(stage: Path, data: dict[str, Any], where: str) -> Parts:
     load_tensors(model, TensorFile(stage / WEIGHTS), str(stage / WEIGHTS))
     preprocess = parse_config(data["preprocess_cfg"], PreprocessConfig, where)
     return Parts(towers, preprocess, data["name"])
+
+
+def describe(parts: Parts) -> dict[str, Any]:
+    """What the `config.json` of a model folder's stage says of an encoder, but its fingerprint.
+
+    **Raises**: `CheckpointError` for what a model folder can't describe.
+    """
+    towers, preprocess, name = parts
+    said: dict[str, Any] = {"name": name, "preprocess_cfg": preprocess.model_dump()}
+    if isinstance(towers, OpenClipTowers):
+        if towers.config is None:
+            raise CheckpointError(
+                f"{name!r} has an architecture that a model folder does not describe; "
+                "name the encoder by its open_clip name and tag instead of saving it"
+            )
+        model_cfg, vocabulary = towers.config.model_dump(), towers.tokenizer.vocabulary
+        return {**said, "model_cfg": model_cfg, "vocabulary": vocabulary}
+    own = BpeTokenizer(towers.tokenizer.context)
+    if towers.tokenizer.raw(PROBE_TEXTS) != own.raw(PROBE_TEXTS):
+        raise CheckpointError(
+            f"{name!r} does not use CLIP's own byte-pair vocabulary, "
+            "so a model folder can't hold it"
+        )
+    models: dict[str, Any] = {"text": towers.text, "vision": towers.vision}
+    configs = {key: model and model.config.to_dict() for key, model in models.items()}
+    return {**said, "transformers": configs}
 
 
 def _from_open_clip(source: str) -> Parts:

@@ -5,9 +5,9 @@ B batch, D CLIP embedding, L text positions (context), W text width, R picture s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,48 +64,6 @@ class Lost(NamedTuple):
     known: bool
 
 
-class Tokenizer(Protocol):
-    """Captions to ids and a mask (True = real token, the start and the end included)."""
-
-    context: int
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """**Shapes**: B texts → ids (B, L) int64, mask (B, L) bool."""
-        ...
-
-    def raw(self, texts: Sequence[str]) -> list[list[int]]:
-        """The byte-pair ids without padding: what two tokenizers must agree on."""
-        ...
-
-    def lost(self, text: str) -> Lost:
-        """What of a text the encoder never sees."""
-        ...
-
-
-def unread(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[str]:
-    """A sentence on each text of which an encoder does not read all: what, and why not."""
-    for text in dict.fromkeys(texts):
-        cut, unknown, known = tokenizer.lost(text)
-        name = repr(text if len(text) <= 60 else f"{text[:59]}…")
-        if unknown and not known:
-            yield f"the encoder knows no word of {name}; pictures of such texts are all alike"
-            continue
-        if cut:
-            yield (
-                f"the encoder reads {tokenizer.context} tokens of a text; of {name} it does not "
-                f"read the end, {cut!r}"
-            )
-        if unknown:
-            words = ", ".join(map(repr, dict.fromkeys(unknown)))
-            yield f"the encoder does not know these words of {name}: {words}"
-
-
-def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Ids and mask in one, to be sent on. **Shapes**: B texts → (2, B, L) int64."""
-    ids, mask = tokenizer(texts)
-    return torch.stack([ids, mask.long()])
-
-
 class BpeTokenizer:
     """CLIP's byte-pair tokenizer as open_clip has it, with an optional reduced vocabulary.
 
@@ -124,14 +82,17 @@ class BpeTokenizer:
             self.rows[torch.tensor(self.vocabulary)] = torch.arange(len(vocabulary)) + 1
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """**Shapes**: B texts → ids (B, L) int64, mask (B, L) bool."""
+        """Captions to ids and a mask (True = real token, the start and the end included).
+
+        **Shapes**: B texts → ids (B, L) int64, mask (B, L) bool.
+        """
         ids = self._tokenize(texts)  # (B, L)
         length = (ids == END).int().argmax(1) + 1
         mask = torch.arange(self.context) < length[:, None]
         return self.rows[ids].masked_fill(~mask, 0), mask
 
     def raw(self, texts: Sequence[str]) -> list[list[int]]:
-        """The byte-pair ids without padding."""
+        """The byte-pair ids without padding: what two tokenizers must agree on."""
         rows = self._tokenize(texts).tolist()
         return [row[: row.index(END) + 1] for row in rows]
 
@@ -171,7 +132,7 @@ def vocabulary_of(captions: Iterable[str], context: int) -> list[int]:
 
 
 class TransformersTokenizer:
-    """A `CLIPTokenizer`; it pads with the end token, hence the mask."""
+    """A `CLIPTokenizer`, called as the other one; it pads with the end token, hence the mask."""
 
     def __init__(self, tokenizer: Any, context: int) -> None:
         self.tokenizer, self.context = tokenizer, context
@@ -196,6 +157,15 @@ class TransformersTokenizer:
         """What of a text is cut; no word is unknown."""
         ids = self.tokenizer.encode(text, add_special_tokens=False, truncation=False, verbose=False)
         return Lost(self.tokenizer.decode(ids[self.context - 2 :]).strip(), [], True)
+
+
+Tokenizer = BpeTokenizer | TransformersTokenizer
+
+
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Ids and mask in one, to be sent on. **Shapes**: B texts → (2, B, L) int64."""
+    ids, mask = tokenizer(texts)
+    return torch.stack([ids, mask.long()])
 
 
 class OpenClipTowers(nn.Module):

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.clip.embeddings import check_raw
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.config import parse_config
 from unclip.data.captions import clean, hash_of
+from unclip.data.embeddings import check_raw
 from unclip.data.folders import fixed_part
 from unclip.data.metadata import Metadata
 from unclip.data.sample import Dataset, Sample

@@ -10,7 +10,6 @@ Positions, in order: text tokens, text embedding, dot product, components 1 … 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from unclip.conditioning import Cond
 from unclip.config import Config
 from unclip.errors import DataError
 from unclip.models.layers import Statistics
-from unclip.models.prior import causal, encode_text
-from unclip.models.transformer import KeyValue, Transformer, TransformerConfig
+from unclip.models.prior import TextCache, causal, encode_text
+from unclip.models.transformer import Transformer, TransformerConfig
 
 
 class ArPriorConfig(Config):
@@ -117,13 +116,6 @@ class Quantizer(Statistics):
         return torch.bucketize(cosine.contiguous(), self.dot_edges)
 
 
-class TextPrefix(NamedTuple):
-    """Keys and values of the text part, encoded once; mask (B, 1, 1, l + 1) bool."""
-
-    past: list[KeyValue]
-    mask: Tensor
-
-
 class ArPrior(nn.Module):
     """Predicts each component's bucket from the text, the dot product and the components before.
 
@@ -155,15 +147,15 @@ class ArPrior(nn.Module):
         """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
         if cond.cache is not None:
             return cond
-        _, past, mask = encode_text(self, cond)
-        return replace(cond, cache=TextPrefix(past, mask))
+        _, cache = encode_text(self, cond)
+        return replace(cond, cache=cache)
 
     def forward(self, numbers: Tensor, dot: Tensor, cond: Cond) -> Tensor:
         """Logits of every component from those before it; teacher forcing.
 
         **Shapes**: numbers (B, k) int64, dot (B,) int64 → (B, k, V).
         """
-        past, mask = self.prepare(cond).cache
+        past, mask, _ = self.prepare(cond).cache
         x = self._embed(numbers[:, :-1], dot)  # (B, k, W)
         own = causal(x).expand(len(x), 1, -1, -1)  # (B, 1, k, k)
         seen = torch.cat([mask.expand(-1, -1, x.shape[1], -1), own], dim=-1)  # (B, 1, k, l+1+k)
@@ -176,12 +168,12 @@ class ArPrior(nn.Module):
 
         **Shapes**: token (B,) int64 → (B, V).
         """
-        past, mask = self.prepare(cond).cache
+        past, mask, _ = self.prepare(cond).cache
         table = self.dot if place == 0 else self.component
         x = table(token) + self.position[self.config.context + 1 + place]  # (B, W)
         mask = F.pad(mask, (0, 1), value=True)  # (B, 1, 1, P + 1)
         x, past = self.transformer.extend(x[:, None], mask, past)  # (B, 1, W)
-        return self.out(x[:, 0]), replace(cond, cache=TextPrefix(past, mask))
+        return self.out(x[:, 0]), replace(cond, cache=TextCache(past, mask))
 
     def _embed(self, before: Tensor, dot: Tensor) -> Tensor:
         """**Shapes**: (B, k - 1) and (B,) → (B, k, W)."""

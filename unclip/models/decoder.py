@@ -91,7 +91,6 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.resolution = config.resolution
         emb, width = config.unet.embed, config.context_width
         self.scale = EmbeddingScale(config.scale, config.embed)
         self.null_image = nn.Parameter(torch.empty(config.embed))
@@ -130,10 +129,10 @@ class Decoder(nn.Module):
             tokens = torch.cat([tokens, states], dim=1)  # (B, n + l, K)
             mask = F.pad(mask, (n, 0), value=True)
         context, layout = self.unet.context_kv(tokens, mask), self.laid_out(z_image)
-        known, side = cond.known, self.config.resolution
-        if self.config.inpaint and known is None:
-            known = z_image.new_zeros(len(z_image), 4, side, side)
-        known = known if self.config.inpaint else None
+        known, side = None, self.config.resolution
+        if self.config.inpaint:
+            nothing = z_image.new_zeros(len(z_image), 4, side, side)
+            known = nothing if cond.known is None else cond.known
         return replace(cond, cache=DecoderCache(emb, context, layout, known))
 
     def laid_out(self, z_image: Tensor) -> Tensor | None:
@@ -150,9 +149,7 @@ class Decoder(nn.Module):
         if cond.image_embed is None:
             return null
         z_image = self.scale(cond.image_embed).to(null.dtype)
-        keep = torch.ones_like(z_image[:, 0], dtype=torch.bool)
-        keep = keep if cond.keep_image is None else cond.keep_image
-        return torch.where(keep[:, None], z_image, null)
+        return torch.where(cond.kept()[:, None], z_image, null)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """**Shapes**: x_t (B, 3, H, W), t (B,) → (B, 3, H, W), or (B, 6, H, W) with the variance

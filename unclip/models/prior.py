@@ -51,7 +51,7 @@ class TextCache(NamedTuple):
 
     past: list[KeyValue]
     mask: Tensor
-    draft: Tensor | None
+    draft: Tensor | None = None
 
 
 class DiffusionPrior(nn.Module):
@@ -86,8 +86,8 @@ class DiffusionPrior(nn.Module):
         """Encode the text part. **Raises**: `ValueError` without text, or with too much of it."""
         if cond.cache is not None:
             return cond
-        text, past, mask = encode_text(self, cond)
-        return replace(cond, cache=TextCache(past, mask, self.drafted(text.embed)))
+        text, cache = encode_text(self, cond)
+        return replace(cond, cache=cache._replace(draft=self.drafted(text.embed)))
 
     def drafted(self, embed: Tensor) -> Tensor | None:
         """The draft of raw text embeddings, if there is one. **Shapes**: (B, D) → (B, D)."""
@@ -117,13 +117,9 @@ class DiffusionPrior(nn.Module):
         return out + self.draft.share(time).to(x_t.dtype) * (draft.to(x_t.dtype) - out)
 
 
-def encode_text(prior: Any, cond: Cond) -> tuple[TextEncoding, list[KeyValue], Tensor]:
-    """The text, its keys and values in a prior of either kind (token states, then the text
-    embedding), and which of these are there.
-
-    **Shapes**: → mask (B, 1, 1, l + 1) bool. **Raises**: `ValueError` without text, or for more
-    tokens than the context.
-    """
+def encode_text(prior: Any, cond: Cond) -> tuple[TextEncoding, TextCache]:
+    """The text, and its keys and values in a prior of either kind: token states, then the text
+    embedding. **Raises**: `ValueError` without text, or for more tokens than the context."""
     if (text := cond.text) is None:
         raise ValueError("the prior needs cond.text; null text is the encoded empty string")
     tokens, mask = trim_text(text)  # (B, l, ·), (B, l)
@@ -135,7 +131,7 @@ def encode_text(prior: Any, cond: Cond) -> tuple[TextEncoding, list[KeyValue], T
     embed = prior.text_embed(text.embed.to(dtype)) + prior.position[context]  # (B, W)
     x = torch.cat([tokens, embed[:, None]], dim=1)  # (B, l + 1, W)
     mask = F.pad(mask, (0, 1), value=True)[:, None, None]  # (B, 1, 1, l + 1)
-    return text, prior.transformer.encode(x, mask & causal(x)), mask
+    return text, TextCache(prior.transformer.encode(x, mask & causal(x)), mask)
 
 
 def causal(x: Tensor) -> Tensor:

@@ -49,7 +49,6 @@ class Upsampler(nn.Module):
     def __init__(self, config: UpsamplerConfig):
         super().__init__()
         self.config = config
-        self.resolution = config.high
         self.time = TimeEmbedding(config.unet.channels, config.unet.embed)
         self.unet = UNet(config.unet, in_channels=6, out_channels=3, context_width=None)
 
