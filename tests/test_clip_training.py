@@ -16,7 +16,8 @@ from unclip.clip.contrastive import contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
 from unclip.data.open import open_dataset
-from unclip.training.clip import ClipRun, ClipTask, drop_words, place
+from unclip.training.augment import PlaceConfig, place
+from unclip.training.clip import ClipRun, ClipTask, drop_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +110,9 @@ def test_placement_depends_on_the_sample_alone() -> None:
     """A picture's shift and scale are the same in any batch, and what is uncovered is white."""
     x = torch.full((3, 3, 16, 16), -1.0)
     ids = torch.tensor([4, 5, 6])
-    together = place(x, ids, 0, shift=0.2, scale=0.2)
-    assert torch.equal(together[1:2], place(x[:1], ids[1:2], 0, shift=0.2, scale=0.2))
+    moved = PlaceConfig(shift=0.2, scale=0.2)
+    together = place(x, ids, 0, moved)
+    assert torch.equal(together[1:2], place(x[:1], ids[1:2], 0, moved))
     assert not torch.equal(together[0], together[1])
     assert together.min() == -1 and together.max() > 0.99 and together.max() <= 1
 

@@ -31,13 +31,14 @@ from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.pipeline import UnCLIP
 from unclip.training.ar_prior import ArPriorRun
-from unclip.training.augment import masks, place
+from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.clip import ClipRun
 from unclip.training.clip_text import ClipTextRun
 from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
-from unclip.training.task import Prepared, Shown, draw, start_from
+from unclip.training.start import start_from
+from unclip.training.task import Prepared, Shown, draw, told_of
 from unclip.training.upsampler import Redrawn, Shrunk, UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -311,11 +312,11 @@ def test_a_decoder_learns_what_the_encoder_sees_where_a_picture_can_be_known(mod
 
 def test_flipped_pictures_are_mirror_images_by_sample():
     x, ids = torch.rand(200, 3, 4, 4), torch.arange(200)
-    moved = place(x, ids, 0, shift=0.0, scale=0.0, flip=0.3)
+    moved = place(x, ids, 0, PlaceConfig(flip=0.3))
     mirrored = (moved == x.flip(-1)).flatten(1).all(1)
     assert torch.equal(moved[~mirrored], x[~mirrored])
     assert 0.2 < mirrored.float().mean() < 0.4
-    assert torch.equal(place(x[7:8], ids[7:8], 0, 0.0, 0.0, 0.3), moved[7:8])
+    assert torch.equal(place(x[7:8], ids[7:8], 0, PlaceConfig(flip=0.3)), moved[7:8])
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
@@ -347,7 +348,8 @@ def test_jitter_moves_training_embeddings_and_no_others(model_folder):
     off = (scale(seen[0].image_embed) - true).square().mean(1).sqrt()  # (B,), each its own sigma
     assert off.min() < 0.05 and 0.4 < off.max() < 0.7
     assert_close(off.mean(), torch.tensor(0.25), rtol=0.1, atol=0)
-    assert_close(scale(task._cond(batch.images, batch.captions).image_embed), true)
+    plain = told_of(task.clip, task.stage, batch.images, batch.captions)
+    assert_close(scale(plain.image_embed), true)
 
 
 def test_jitter_of_no_deviation_is_the_embedding_itself():

@@ -32,7 +32,7 @@ from unclip.files.folder import read_stage_config, write_stage
 from unclip.files.tensors import TensorFile
 from unclip.training.fit import TrainConfig, fit, learning_rate
 from unclip.training.optimizer import build_optimizer
-from unclip.training.task import start_from
+from unclip.training.start import start_from
 
 
 def config(out: Path, task: dict[str, Any] | None = None, **train: Any) -> TinyConfig:
@@ -232,7 +232,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_resumed_or_not(tmp_path:
 def test_steps_skipped_long_ago_are_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unclip.training.fit.WINDOW", 100)
+    monkeypatch.setattr("unclip.training.checkpoint.WINDOW", 100)
     bad = {"bad_from": 0, "bad_every": 11}  # ten in any hundred
     last = run(config(tmp_path, bad, steps=140, save_every=70, log_every=70))
     assert json.loads((last / "training" / "state.json").read_text())["skipped"][0] > 40

@@ -19,7 +19,7 @@ from unclip.config import Config
 from unclip.training.fit import TrainConfig, fit
 from unclip.training.launch import main
 from unclip.training.sharding import part
-from unclip.training.task import load_weights
+from unclip.training.start import load_weights
 
 
 class TinyConfig(Config):

@@ -53,8 +53,7 @@ class ArPriorTask(PairsTask):
         z_image = embeddings_of(self.clip, batch)
         text = self.clip.encode_text(batch.text)
         dot = quantizer.dot(z_image, text.embed)  # of the caption, though it may be dropped
-        cond = Cond(text=text)
-        cond = cond.drop(self.clip.null_text, drop_text=self.drop("text", batch.ids, z_image))
+        cond = self.drop(Cond(text=text), batch.ids)
         numbers = quantizer.quantize(z_image)  # (B, k)
         logits = model(numbers, dot, cond).float()  # (B, k, V)
         loss = F.cross_entropy(logits.transpose(1, 2), numbers, reduction="none").mean(1)

@@ -26,21 +26,17 @@ class PlaceConfig(Config):
     scale: float = Field(default=0.0, ge=0, lt=1)
 
 
-def place(
-    images: Tensor, ids: Tensor, seed: int, shift: float, scale: float, flip: float = 0.0
-) -> Tensor:
-    """Move each picture at random on white; see `PlaceConfig`. **Shapes**: (B, 3, R, R) → same."""
-    if flip > 0:
-        mirrored = (randomness.uniform(seed, "flip", ids) < flip).to(images.device)
+def place(images: Tensor, ids: Tensor, seed: int, how: PlaceConfig) -> Tensor:
+    """Move each picture at random on white. **Shapes**: (B, 3, R, R) → same."""
+    if how.flip > 0:
+        mirrored = (randomness.uniform(seed, "flip", ids) < how.flip).to(images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    if shift == 0 and scale == 0:
+    if how.shift == 0 and how.scale == 0:
         return images
-    generators = [randomness.generator(seed, "augment", int(i)) for i in ids]
-    unit = 2 * torch.stack([torch.rand(3, generator=g) for g in generators]) - 1  # (B, 3)
+    unit = 2 * randomness.uniform(seed, "augment", ids, (3,)) - 1  # (B, 3)
     theta = torch.zeros(len(ids), 2, 3)
-    zoom = 1 / (1 + scale * unit[:, 0])
-    theta[:, 0, 0] = theta[:, 1, 1] = zoom
-    theta[:, :, 2] = 2 * shift * unit[:, 1:]  # a picture spans [-1, 1]
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / (1 + how.scale * unit[:, 0])
+    theta[:, :, 2] = 2 * how.shift * unit[:, 1:]  # a picture spans [-1, 1]
     theta = theta.to(images.device, non_blocking=True)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Outside a picture grid_sample reads 0: shift white there and back.

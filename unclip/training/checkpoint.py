@@ -27,6 +27,9 @@ from unclip.files.tensors import TensorFile, load_tensors, write_tensors
 from unclip.training.ema import EMA
 from unclip.training.sharding import put, wholes
 
+# How many steps may be skipped in a row, and among how many of the last steps as many may be.
+MAX_SKIPPED, WINDOW = 10, 1000
+
 
 class Saves(Protocol):
     """The part of a task that checkpoints need; see `fit.Task`."""
@@ -48,6 +51,28 @@ class TrainState:
     ema: EMA
     step: int = 0
     skipped: list[int] = field(default_factory=list)
+
+    def count(self, skipped: bool) -> None:
+        """Take note of a finished step, which may have been skipped.
+
+        **Raises**: `DivergedError` if ten in a row, or more than ten of a thousand, were.
+        """
+        self.skipped = [step for step in self.skipped if step > self.step - WINDOW]
+        if not skipped:
+            return
+        self.skipped.append(self.step)
+        recent = self.skipped[-MAX_SKIPPED:]
+        in_a_row = len(recent) == MAX_SKIPPED and recent[0] == self.step - MAX_SKIPPED + 1
+        if in_a_row or len(self.skipped) > MAX_SKIPPED:
+            how = (
+                f"{MAX_SKIPPED} steps in a row"
+                if in_a_row
+                else f"{len(self.skipped)} of the last {min(self.step, WINDOW)} steps"
+            )
+            raise DivergedError(
+                f"loss or gradients were not finite in {how}, up to step {self.step}; lower "
+                "train.lr, raise train.warmup, or use train.precision=fp32"
+            )
 
 
 @dataclass

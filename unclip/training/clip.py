@@ -29,9 +29,10 @@ from unclip.data.sample import Batch, Dataset, fixed
 from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
-from unclip.training.augment import place
+from unclip.training.augment import PlaceConfig, place
 from unclip.training.fit import TrainConfig
-from unclip.training.task import load_weights, train
+from unclip.training.start import load_weights
+from unclip.training.task import embeddings_of, train
 from unclip.training.teacher import TaughtConfig, Teacher
 
 # For the vocabulary, this many wordings of each picture are drawn, or one each of a part of a
@@ -41,13 +42,9 @@ MOST_SHOWN = 1024  # validation pairs, drawn evenly: each with each, as picture 
 HALF = (0.5, 0.5, 0.5)  # the mean and the deviation that leave pixels in [-1, 1]
 
 
-class AugmentConfig(Config):
+class AugmentConfig(PlaceConfig):
     """Random placement, and words dropped into the unknown token."""
 
-    shift: float = Field(default=0.0, ge=0, lt=1)
-    """Largest move in each direction, as a share of the picture's side."""
-    scale: float = Field(default=0.0, ge=0, lt=1)
-    """Largest change of size: factors from 1 - scale to 1 + scale."""
     unknown_words: float = Field(default=0.0, ge=0, lt=1)
     """Share of tokens read as unknown, so that unknown words do no harm later."""
 
@@ -96,16 +93,13 @@ class TowersTask:
         clip = self._frozen(copy.deepcopy(self.product))
         chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
         samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
-        z_image = torch.cat(
-            [clip.encode_image(torch.stack(part)) for part in chunks([s.image for s in samples])]
-        )  # (N, D)
-        z_text = torch.cat(
-            [clip.encode_text(part).embed for part in chunks([s.caption for s in samples])]
-        )  # (N, D)
+        batches = [Batch.of(part) for part in chunks(samples)]
+        z_image = torch.cat([embeddings_of(clip, batch) for batch in batches])  # (N, D)
+        z_text = torch.cat([clip.encode_text(batch.captions).embed for batch in batches])  # (N, D)
         rank = retrieval_rank(z_image, z_text)
         scores = {f"top{k}": round((rank < k).float().mean().item(), 4) for k in (1, 5)}
         if self.restored is not None:
-            x = torch.stack([sample.image for sample in samples]).to(z_image.device)
+            x = torch.cat([batch.images for batch in batches]).to(z_image.device)
             scores["restored"] = round(self.restored(z_image, x).mean().item(), 4)
         line = json.dumps({"step": self.step, **scores, "n": len(rank)})
         if PartialState().is_main_process:
@@ -163,7 +157,7 @@ class ClipTask(TowersTask):
         """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
         self.step = step + 1
         seed, augment = self.run.train.seed, self.run.augment
-        images = place(batch.images, batch.ids, seed, augment.shift, augment.scale)  # (B, 3, R, R)
+        images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
         ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)
         ids = drop_words(ids, mask, batch.ids, seed, augment.unknown_words)
         ids, mask = (part.to(images.device, non_blocking=True) for part in (ids, mask))
@@ -193,8 +187,7 @@ def drop_words(ids: Tensor, mask: Tensor, sample_ids: Tensor, seed: int, share: 
     """Read a share of the tokens between start and end as unknown (row 0). **Shapes**: (B, L)."""
     if share == 0:
         return ids
-    generators = [randomness.generator(seed, "words", int(i)) for i in sample_ids]
-    draws = torch.stack([torch.rand(ids.shape[1], generator=g) for g in generators])  # (B, L)
+    draws = randomness.uniform(seed, "words", sample_ids, ids.shape[1:])  # (B, L)
     position = torch.arange(ids.shape[1])
     inside = (position > 0) & (position < mask.sum(1, keepdim=True) - 1)
     return ids.masked_fill((draws < share) & inside, 0)

@@ -26,7 +26,7 @@ from unclip.errors import ConfigError
 from unclip.training.aids import embed_text
 from unclip.training.clip import TowersTask, chunks, drop_words, open_teacher, wordings
 from unclip.training.fit import TrainConfig
-from unclip.training.task import embeddings_of, train
+from unclip.training.task import embeddings_of, numbers_of_draws, train
 from unclip.training.teacher import TeacherConfig
 
 WORDINGS = 4  # of each picture, among which like captions are looked for
@@ -106,7 +106,7 @@ class ClipTextTask(TowersTask):
         seed, each, device = self.run.train.seed, self.run.phrases.each, batch.z_image.device
         ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)
         ids = drop_words(ids, mask, batch.ids, seed, self.run.unknown_words)
-        drawn = batch.ids.repeat_interleave(each) * each + torch.arange(each).repeat(len(ids))
+        drawn = numbers_of_draws(batch.ids, each)
         rows = randomness.integers(seed, "phrase", drawn, len(self.teacher.phrases))  # (B k,)
         phrases = self.towers.tokenizer([self.teacher.phrases[row] for row in rows.tolist()])
         parts = (ids, mask, *phrases, self.meant[rows])

@@ -32,12 +32,12 @@ from unclip.models.decoder import DecoderConfig
 from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig
+from unclip.training.start import check_lora
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
     Prepared,
     StageTask,
-    check_lora,
     draw,
     frozen_clip,
     told_of,
@@ -90,12 +90,8 @@ class DecoderTask(StageTask):
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
         ids, images = batch.ids, self.moved(batch.images, batch.ids)
-        cond = self._jittered(self._cond(images, batch.text, batch.z_image), ids)
-        cond = cond.drop(
-            self.clip.null_text,
-            drop_image=self.drop("image", ids, images),
-            drop_text=self.drop("text", ids, images),
-        )
+        told = told_of(self.clip, self.stage, images, batch.text, batch.z_image)
+        cond = self.drop(self._jittered(told, ids), ids)
         x0 = resize(images, self.run.model.resolution).clamp(-1, 1)  # bicubic overshoots
         if self.run.model.inpaint:
             hidden = masks(ids, x0.shape[-1], self.run.train.seed).to(x0.device, non_blocking=True)
@@ -122,22 +118,16 @@ class DecoderTask(StageTask):
 
     def moved(self, images: Tensor, ids: Tensor) -> Tensor:
         """Pictures as `augment` has them by sample. **Shapes**: (B, 3, H, W) → same."""
-        how = self.run.augment
-        return place(images, ids, self.run.train.seed, how.shift, how.scale, how.flip)
+        return place(images, ids, self.run.train.seed, self.run.augment)
 
     def preview(self, model: Any) -> Image.Image | None:
         """Top row: validation pictures; below: what the decoder makes of their embeddings."""
         images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
-        cond = self._cond(images, captions)
+        cond = told_of(self.clip, self.stage, images, captions)
         out = self.drawn(model, cond, self.stage.shape)
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=len(images))
-
-    def _cond(
-        self, images: Tensor, text: list[str] | Tensor, z_image: Tensor | None = None
-    ) -> Cond:
-        return told_of(self.clip, images, text if self.stage.reads_text else None, z_image)
 
     def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
         z, seed = cond.image_embed, self.run.train.seed

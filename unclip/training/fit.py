@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unclip.config import Config, Place, flat
-from unclip.errors import DivergedError
 from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -34,9 +33,6 @@ from unclip.training.log import RunLog, add_up
 from unclip.training.optimizer import OptimizerName, build_optimizer
 from unclip.training.run import full_disk_explained, locked, on_main, open_run, stop_signal
 from unclip.training.trackers import TrackerName
-
-# How many steps may be skipped in a row, and among how many of the last steps as many may be.
-MAX_SKIPPED, WINDOW = 10, 1000
 
 
 class TrainConfig(Config):
@@ -216,7 +212,7 @@ class _Trainer:
             norm, skipped, stop = self._update(entries["loss"][0], lr, stopped.is_set())
             state.step += 1
             self.log.add(entries, wait, skipped)
-            self._count_skipped(skipped)
+            state.count(skipped)
             done = state.step == config.steps
             if state.step % config.log_every == 0 or done or stop:
                 self.log.write(state.step, float(norm), lr)
@@ -275,32 +271,12 @@ class _Trainer:
         optimizer.zero_grad()
         return norm, skipped, stop
 
-    def _count_skipped(self, skipped: bool) -> None:
-        state = self.state
-        state.skipped = [step for step in state.skipped if step > state.step - WINDOW]
-        if not skipped:
-            return
-        state.skipped.append(state.step)
-        recent = state.skipped[-MAX_SKIPPED:]
-        in_a_row = len(recent) == MAX_SKIPPED and recent[0] == state.step - MAX_SKIPPED + 1
-        if in_a_row or len(state.skipped) > MAX_SKIPPED:
-            how = (
-                f"{MAX_SKIPPED} steps in a row"
-                if in_a_row
-                else f"{len(state.skipped)} of the last {min(state.step, WINDOW)} steps"
-            )
-            raise DivergedError(
-                f"loss or gradients were not finite in {how}, up to step {state.step}; lower "
-                "train.lr, raise train.warmup, or use train.precision=fp32"
-            )
-
     def _save(self) -> None:
         run, keep = Path(self.config.out), self.config.keep
         tensors = gathered(self.state, self.accelerator.is_main_process)
-        on_main(
+        self.saved = on_main(
             self.accelerator, lambda: save_checkpoint(run, self.task, self.state, tensors, keep)
         )
-        self.saved = run / "checkpoints" / f"step-{self.state.step}"
 
     def _preview(self) -> Path | None:
         """Write samples/step-N.png from the averaged weights; randomness stays as it is.

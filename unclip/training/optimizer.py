@@ -32,17 +32,17 @@ def build_optimizer(
     model.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": part, "weight_decay": decay}
+        for part, decay in ((matrices, weight_decay), (rest, 0.0))
+        if part
     ]
-    groups = [group for group in groups if group["params"]]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, betas, eps, fused=True)
     if any(isinstance(p, DTensor) for p in params):
         raise ConfigError(f"train.optimizer = {name} can't be shared out; use adamw")
     if name == "muon":
-        matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
         return MuonAdamW(matrices, rest, lr, betas, eps, weight_decay)
     # On CPUs with bf16 its import warns of a kernel for four bits that it could download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

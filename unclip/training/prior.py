@@ -27,12 +27,12 @@ from unclip.images import grid, to_pil
 from unclip.models.prior import PriorConfig
 from unclip.training.drafts import fit_draft, fit_scale
 from unclip.training.fit import TrainConfig
+from unclip.training.start import check_lora
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
     Prepared,
     StageTask,
-    check_lora,
     draw,
     embeddings_of,
     frozen_clip,
@@ -92,8 +92,7 @@ class PriorTask(PairsTask):
         """The loss of each pair. **Shapes**: → (B,)."""
         ids, n = batch.ids, self.run.draws
         z_image = embeddings_of(self.clip, batch)
-        cond = Cond(text=self.clip.encode_text(batch.text))
-        cond = cond.drop(self.clip.null_text, drop_text=self.drop("text", ids, z_image))
+        cond = self.drop(Cond(text=self.clip.encode_text(batch.text)), ids)
         x0 = self.stage.network.scale(z_image).repeat_interleave(n, dim=0)  # (nB, D)
         t, noise = draw(self.run, numbers_of_draws(ids, n), x0, batch.noise)
         losses = self.stage.diffusion.loss(model, x0, cond, t, noise)
@@ -103,29 +102,25 @@ class PriorTask(PairsTask):
         }
 
 
-def open_pairs(run: Any, accelerator: Accelerator, raw: bool = False) -> tuple[Dataset, FrozenCLIP]:
-    """What a prior learns from, pictures or a cache of their embeddings, and the encoder.
+def open_pairs(run: Any, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
+    """What a prior of either kind learns from, pictures or a cache of their embeddings, and the
+    encoder.
 
-    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if `raw` embeddings
-    are needed and it holds unit vectors.
+    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if raw embeddings
+    are needed, by the diffusion prior's scale, and it holds unit vectors.
     """
     dataset = run.data.open(run.data.train, embeddings=True)
     clip = frozen_clip(run.clip, accelerator)
     if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
         dataset.dataset.check_encoder(clip, run.clip)
-        if raw:
+        if isinstance(run, PriorRun) and not run.model.scale.normalizes:
             dataset.dataset.check_raw(clip)
     return dataset, clip
 
 
-def open_prior(run: PriorRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
-    """As `open_pairs`, raw embeddings where the prior's scale needs them."""
-    return open_pairs(run, accelerator, raw=not run.model.scale.normalizes)
-
-
 def train_prior(run: PriorRun, accelerator: Accelerator) -> Path:
     """Train the prior; the newest checkpoint's folder."""
-    dataset, clip = open_prior(run, accelerator)
+    dataset, clip = open_pairs(run, accelerator)
     task = PriorTask(run, clip, dataset)
 
     def begin() -> None:

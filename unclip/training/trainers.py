@@ -18,9 +18,13 @@ from unclip.training.ar_prior import ArPriorRun, train_ar_prior
 from unclip.training.clip import ClipRun, train_clip
 from unclip.training.clip_text import ClipTextRun, train_clip_text
 from unclip.training.decoder import DecoderRun, open_decoder, train_decoder
-from unclip.training.prior import PriorRun, open_pairs, open_prior, train_prior
-from unclip.training.task import open_pictures
+from unclip.training.prior import PriorRun, open_pairs, train_prior
 from unclip.training.upsampler import UpsamplerRun, train_upsampler
+
+
+def open_pictures(run: Any, accelerator: Accelerator) -> tuple[Dataset, None]:
+    """What a training learns from that needs no encoder, which would be beside it."""
+    return run.data.open(run.data.train), None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ TRAINERS = {
         train_clip_text,
         "Teach a trained CLIP's text tower more words (Section 2).",
     ),
-    "prior": Trainer(PriorRun, open_prior, train_prior, "Train the diffusion prior (Section 2.2)."),
+    "prior": Trainer(PriorRun, open_pairs, train_prior, "Train the diffusion prior (Section 2.2)."),
     "ar_prior": Trainer(
         ArPriorRun, open_pairs, train_ar_prior, "Train the autoregressive prior (Section 2.2)."
     ),

@@ -149,12 +149,11 @@ class Redrawn:
         noise = noise.to(x0.device, non_blocking=True)
         t = torch.full((len(rows),), level, device=x0.device)
         captions = [batch.captions[k] for k in rows.tolist()]
-        text = captions if self.decoder.reads_text else None
         config = self.decoder.sampling.model_copy(
             update={"sampler": "ddim", "steps": min(self.how.steps, level + 1), "eta": 0.0}
         )
         drawn = self.decoder.draw(
-            told_of(self.clip, batch.images[own], text),
+            told_of(self.clip, self.decoder, batch.images[own], captions),
             self.decoder.shape,
             config,
             [torch.Generator() for _ in rows],

@@ -23,7 +23,7 @@ from unclip.stages.kinds import KINDS, build, stage_name
 from unclip.stages.stage import Stage
 from unclip.training.launch import start_accelerator
 from unclip.training.plan import GB, Plan, plan
-from unclip.training.task import Widths, check_widths, kin_of
+from unclip.training.start import Widths, check_widths, kin_of
 from unclip.training.trainers import TRAINERS, trained_by
 
 SHOWN, SIDE = 64, 96  # pictures on a contact sheet, at most, and pixels of each
