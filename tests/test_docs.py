@@ -7,6 +7,7 @@ have their configuration and overrides loaded; of others the options are parsed.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import glob
 import re
@@ -241,6 +242,28 @@ def test_a_message_that_can_not_be_read_from_the_source_is_an_error(tmp_path: Pa
     (source / "b.py").write_text("def g(x):\n    raise DataError(str(x))\n")
     with pytest.raises(ValueError, match=r"b\.py:2"):
         messages.messages(source)
+
+
+def test_the_afternoon_is_as_long_as_the_readme_says() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d\. `(unclip/\S*)`: ?(.*)$", page, re.MULTILINE)
+    files = [Path(folder, name) for folder, said in listed for name in re.findall(r"`(\S+)`", said)]
+    files += [Path(one) for one, _ in listed if one.endswith(".py")]
+    texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+    every = sum(len(text.splitlines()) for text in texts)
+    written = sum(len(_without_docstrings(text)) for text in texts)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"is (\d+) files listed.*: ([\d,]+) lines, of which ([\d,]+) are", readme)
+    assert said is not None and int(said[1]) == len(set(files)) == len(files)
+    for number, true in zip(said.groups()[1:], (every, written), strict=True):
+        assert abs(int(number.replace(",", "")) - true) <= 100, f"{number}: there are {true}"
+
+
+def _without_docstrings(text: str) -> list[str]:
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+    said = [node for node in nodes if isinstance(node.value, ast.Constant)]
+    gone = {n for node in said for n in range(node.lineno, (node.end_lineno or 0) + 1)}
+    return [line for n, line in enumerate(text.splitlines(), 1) if line.strip() and n not in gone]
 
 
 @pytest.mark.parametrize("name", NAMES)
