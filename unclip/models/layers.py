@@ -201,13 +201,10 @@ class EmbeddingScale(Statistics):
 
     def forward(self, z: Tensor) -> Tensor:
         """**Shapes**: (B, D) raw → (B, D) scaled, float32."""
-        z = z.float()
+        z = F.normalize(z.float(), dim=-1) if self.config.normalizes else z.float()
         if self.config.kind == "unit":
-            return F.normalize(z, dim=-1) * self.config.factor
-        if self.config.kind == "whiten":
-            z = F.normalize(z, dim=-1) if self.config.normalize else z
-            return (z - self.mean) / self.std
-        return z
+            return z * self.config.factor
+        return (z - self.mean) / self.std if self.config.kind == "whiten" else z
 
     def inverse(self, z: Tensor) -> Tensor:
         """Back to raw; where `forward` normalises, the norm it took away stays one.
