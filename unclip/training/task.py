@@ -208,7 +208,9 @@ def train(
     Of a stage with `data.val` the log says what that costs: always the same samples and noise.
     """
 
-    def stream(step: int, dataset: Dataset = dataset) -> Iterator[Batch]:
+    def stream(
+        step: int, dataset: Dataset = dataset, workers: int = run.data.workers
+    ) -> Iterator[Batch]:
         return batches(
             dataset,
             batch=run.train.batch,
@@ -218,7 +220,7 @@ def train(
             world=accelerator.num_processes,
             accumulate=run.train.accumulate,
             crop=run.data.crop,
-            workers=run.data.workers,
+            workers=workers,
             made=made,
             pin=accelerator.device.type == "cuda",
         )
@@ -227,7 +229,8 @@ def train(
         assert isinstance(task, StageTask)
         sums: dict[str, Tensor] = {}
         count = run.train.accumulate * max(1, HELD_OUT // run.train.batch)
-        for batch in itertools.islice(stream(0, task.shown.dataset), count):
+        workers = min(run.data.workers, count - 1)  # each makes whole batches, two ahead
+        for batch in itertools.islice(stream(0, task.shown.dataset, workers), count):
             add_up(sums, task.loss(model, batch.to(accelerator.device), 0))
         return means_of(sums, accelerator)
 
