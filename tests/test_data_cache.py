@@ -21,6 +21,7 @@ from conftest import tiny_clip
 from PIL import Image
 from processes import script, together
 from test_tasks import tiny
+from test_training_ar_prior import tiny as tiny_ar
 from torch.testing import assert_close
 
 from unclip.clip.encoder import FrozenCLIP
@@ -31,10 +32,11 @@ from unclip.data.sample import fixed
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_pil
 from unclip.randomness import generator
+from unclip.training.ar_prior import train_ar_prior
 from unclip.training.decoder import train_decoder
 from unclip.training.embed import CachePlan, begin_cache, finish_cache, write_cache
 from unclip.training.embed import main as embed
-from unclip.training.prior import PriorRun, PriorTask, train_prior
+from unclip.training.prior import PriorRun, PriorTask, open_pairs, train_prior
 
 ROWS, ROUNDS = 700, 2  # the shapes' validation set has 512
 
@@ -342,6 +344,46 @@ def test_the_prior_trains_from_a_cache_alone(
     assert isinstance(given, PriorRun)
     assert (train_prior(given, Accelerator(cpu=True)) / "prior" / "model.safetensors").is_file()
     assert not list((tmp_path / "run" / "samples").glob("*")), "a cache has no pictures to show"
+
+
+@pytest.mark.parametrize("stage", ["prior", "ar_prior"])
+def test_a_cache_to_validate_on_measures_and_shows_nothing(
+    root: Path, model_folder: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first preview once ended the run: a cache was looked for pictures."""
+    monkeypatch.setattr("unclip.training.drafts.QUANTIZER_COUNT", 128)
+    more = ["data.train=shapes:val", f"data.val={root}", f"train.out={tmp_path / 'run'}"]
+    more += ["train.steps=2", "train.sample_every=1", "train.warmup=0"]
+    if stage == "prior":
+        given = tiny("prior", model_folder, *more)
+        train_prior(given, Accelerator(cpu=True))  # type: ignore[arg-type]
+    else:
+        train_ar_prior(tiny_ar(model_folder, *more), Accelerator(cpu=True))
+    lines = (tmp_path / "run" / "val.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+    assert not list((tmp_path / "run" / "samples").glob("*"))
+
+
+def test_a_cache_of_another_encoder_is_not_validated_on(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    index = copy(root, tmp_path / "other") / "embeddings.json"
+    tiny_clip(seed=1).save(tmp_path / "clip")
+    said = json.loads(index.read_text())
+    said["clip"] = FrozenCLIP.load(str(tmp_path / "clip")).fingerprint.model_dump(mode="json")
+    index.write_text(json.dumps(said))
+    run = tiny("prior", model_folder, f"data.val={index.parent}")
+    with pytest.raises(CheckpointError, match="different CLIP encoders"):
+        open_pairs(run, Accelerator(cpu=True))
+
+
+def test_a_decoder_is_told_that_it_cannot_validate_on_a_cache_before_it_begins(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    run = tiny("decoder", model_folder, f"data.val={root}", f"train.out={tmp_path / 'run'}")
+    with pytest.raises(DataError, match="only a prior learns from them"):
+        train_decoder(run, Accelerator(cpu=True))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_unit_vectors_are_not_taken_for_raw_embeddings(

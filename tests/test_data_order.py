@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from itertools import islice
 from typing import Any
 
@@ -152,6 +154,26 @@ def test_bytes_become_numbers_where_they_are_used() -> None:
 class Embeddings(Numbers):
     def get(self, index: int, generator: torch.Generator) -> Sample:
         return Sample(None, "", str(index), torch.full((6,), float(index)))
+
+
+def test_workers_outlive_what_stops_their_training() -> None:
+    """`timeout` signals a whole process group: the worker died, and the training with it, before
+    anything was saved."""
+
+    class Telling:
+        name = "telling"
+
+        def __len__(self) -> int:
+            return 8
+
+        def get(self, index: int, generator: torch.Generator) -> Sample:
+            return Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), str(os.getpid()), "")
+
+    stream = batches(Telling(), batch=2, seed=0, workers=1)
+    worker = int(next(stream).captions[0])
+    assert worker != os.getpid() and os.getpgid(worker) != os.getpgrp()
+    os.kill(worker, signal.SIGUSR1)  # what SLURM sends to every process
+    assert {batch.captions[0] for batch in islice(stream, 6)} == {str(worker)}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

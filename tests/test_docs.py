@@ -131,6 +131,8 @@ def check(words: list[str]) -> None:
     """Run a command, or find that it would be understood. **Raises**: whatever is wrong with it."""
     if words[:2] == ["python", "sample.py"]:
         words = ["unclip", *words[2:]]
+    if words[0] == "timeout":
+        words = words[words.index("unclip") :]
     program, rest = words[0], words[1:]
     if program == "unclip":
         return check_verb(rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -39,6 +40,13 @@ def test_numbers_do_not_depend_on_the_batch() -> None:
         assert torch.equal(together, torch.cat([draw(ids[:3]), draw(ids[3:])]))
         assert torch.equal(together.flip(0), draw(ids.flip(0)))
         assert torch.equal(together, draw(ids.tolist()))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 17, 16)])
+def test_noise_is_what_torch_draws_by_itself(shape: tuple[int, ...]) -> None:
+    """Or a run that goes on would not be the one that was stopped."""
+    for row, i in zip(randomness.normal(1, "n", [3, 4], shape), [3, 4], strict=True):
+        assert row.equal(torch.randn(shape, generator=randomness.generator(1, "n", i)))
 
 
 def test_numbers_have_the_right_distribution() -> None:

@@ -577,7 +577,7 @@ def test_what_held_out_data_cost_is_told_by_quarters_and_changes_no_training(
 def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, model_folder, count):
     """Of three validation pictures the prior's preview failed ("k out of range"), and the
     decoder's put its second row beside the first."""
-    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.data, count))
+    monkeypatch.setattr(Shown, "first", lambda self, most: few(self.dataset.resolution, count))
     clip = FrozenCLIP.load(str(model_folder))
     tasks = [PriorTask(tiny("prior", str(model_folder)), clip)]
     tasks += [DecoderTask(tiny("decoder", str(model_folder), "sampling.steps=2"), clip)]
@@ -592,8 +592,8 @@ def test_previews_show_as_many_pictures_as_there_are(monkeypatch, tmp_path, mode
         assert image.size == (columns * (side + 4) + 4, rows * (side + 4) + 4)
 
 
-def few(data, count):
+def few(resolution, count):
     """The first pictures of the shapes' validation set."""
-    data = open_dataset("shapes:val", data.resolution)
+    data = open_dataset("shapes:val", resolution)
     samples = [fixed(data, i) for i in range(count)]
     return torch.stack([s.image for s in samples]), [s.caption for s in samples]

@@ -25,6 +25,7 @@ from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
 
+from unclip.data.open import DataConfig
 from unclip.errors import CheckpointError, ConfigError, DivergedError
 from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.find import resolve_folder
@@ -400,6 +401,23 @@ def test_another_configuration_needs_another_folder(tmp_path: Path) -> None:
         run(config(tmp_path, lr=0.02))
     with pytest.raises(ConfigError, match=r"dropout = 0\.0, not 0\.5"):
         run(config(tmp_path, {"dropout": 0.5}))
+
+
+class Fed(TinyConfig):
+    data: DataConfig
+
+
+def test_workers_of_the_loader_may_change_with_the_machine(tmp_path: Path) -> None:
+    """They change nothing that is computed."""
+
+    def fed(workers: int, steps: int) -> Fed:
+        data = DataConfig(train="shapes", resolution=16, workers=workers)
+        return Fed(train=config(tmp_path, steps=steps).train, data=data)
+
+    run(fed(12, 5))
+    assert run(fed(0, 12)).name == "step-12"
+    with pytest.raises(ConfigError, match=r"data\.resolution = 16, not 32"):
+        run(fed(0, 12).model_copy(update={"data": DataConfig(train="shapes", resolution=32)}))
 
 
 def test_a_setting_that_an_older_run_does_not_know_has_its_default_there(tmp_path: Path) -> None:

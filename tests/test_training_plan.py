@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_tasks import tiny
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.cli import main
 from unclip.precision import computes_in_bf16
@@ -22,8 +23,7 @@ from unclip.training.plan import Plan, plan, report
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {
     "emoji/prior.yaml": [],
-    # With its head, a convolution at full size, 2 % more is counted than a CPU takes.
-    "emoji/decoder.yaml": ["model.unet.channels=64", "model.unet.head=null"],
+    "emoji/decoder.yaml": ["model.unet.channels=64"],
     "emoji/upsampler_256.yaml": ["data.crop=64"],
 }
 
@@ -57,14 +57,39 @@ def measured_peak(run: Any, micro: int) -> int:
 def test_activations_are_those_of_a_real_step(path: str, checkpointing: bool) -> None:
     """Going backward through checkpoints, tensors live on in Python a little longer.
 
-    A CPU without units for bf16 computes it in float32, with copies that GPUs don't make.
+    What torch does in one operation was once counted as what that could be taken apart to: of a
+    decoder with a head 2 % too much. A CPU without units for bf16 computes it in float32, with
+    copies that GPUs don't make.
     """
     run = planning._load(CONFIGS / path, [*SMALL[path], "train.precision=bf16"])
     model = counting.with_checkpointing(run.model.model_dump(), checkpointing)
     run = run.model_copy(update={"model": type(run.model).model_validate(model)})
     predicted = step_needs(run, 4, checkpointing).peak
-    exact = 0.01 if computes_in_bf16(torch.device("cpu")) else 0.1
+    exact = 0.003 if computes_in_bf16(torch.device("cpu")) else 0.1
     assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else exact)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that write something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", SMALL)
+def test_operations_are_those_of_a_real_step(path: str) -> None:
+    """What fake tensors ask each other was once counted with them: five times as many."""
+    run = planning._load(CONFIGS / path, [*SMALL[path], "train.precision=bf16"])
+    network, inputs = counting.network_of(run), counting.inputs_of(run, 2)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    with Launches() as launches, torch.autocast("cpu", torch.bfloat16):
+        network(*inputs).float().square().mean().backward()
+    assert step_needs(run, 2, False).operations == pytest.approx(launches.count, rel=0.05)
 
 
 def test_parameters_and_state_are_those_that_a_run_saves(
@@ -170,14 +195,13 @@ def test_the_report_says_when_a_gpu_waits_for_its_host(
 
 def test_eight_gpus_are_starved_by_what_feeds_one() -> None:
     """gpu24's batches are cut in four for one GPU; on eight that leaves four pictures to each."""
-    path = CONFIGS / "gpu24" / "upsampler_256.yaml"
-    eight = plan(path, [], 8)
+    eight = plan(CONFIGS / "gpu24" / "upsampler_256.yaml", [], 8)
     assert (eight.micro_batch, eight.accumulate) == (4, 4)
-    whole = replace(eight, micro_batch=16, accumulate=1)
+    half = replace(eight, micro_batch=8, accumulate=2)
     pages = [
-        report(needs, gpus=8, memory=80, tflops=312, utilisation=0.4) for needs in (eight, whole)
+        report(needs, gpus=8, memory=80, tflops=990, utilisation=0.4) for needs in (eight, half)
     ]
-    assert "train.accumulate=1 makes it 16." in pages[0]
+    assert "train.accumulate=2 makes it 8." in pages[0]
     assert "starves" not in pages[1]
 
 

@@ -94,6 +94,36 @@ def test_what_is_yet_to_be_trained_is_known_by_its_configuration(run: Any, tmp_p
     assert (code, err) == (0, "") and "large is what another of these trains" in out
 
 
+def test_a_text_tower_is_checked_against_the_encoder_that_it_belongs_to(
+    run: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    changes = ["data.train=shapes", "data.val=shapes:val", "--out", tmp_path]
+    code, out, err = run("validate", "emoji/clip_text", f"clip={model_folder}", *changes)
+    assert (code, err) == (0, "")
+    assert f"the encoder {model_folder} fits: its widths are 16 and 16." in out
+    code, _, err = run("validate", "emoji/clip_text", "clip=nowhere", *changes)
+    assert code == 2 and "nowhere" in err
+
+
+def test_a_whole_stack_is_checked_before_its_first_stage_is_trained(
+    run: Any, tmp_path: Path
+) -> None:
+    """What a text tower starts from, and what a prior will be told by that, once ended in an error
+    of Python."""
+    names = ["clip", "clip_text", "prior"]
+    paths = [tmp_path / f"{name}.yaml" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        _, text, _ = run("configs", f"emoji/{name}")
+        text = text.replace("runs/emoji", str(tmp_path / "runs"))
+        path.write_text(text.replace("layers: 6", "layers: 1"))  # planned in a second
+    changes = ["data.train=shapes", "data.val=shapes:val", "--out", tmp_path]
+    code, out, err = run("validate", *paths, *changes)
+    assert (code, err) == (0, "")
+    for path in paths[1:]:
+        assert f"{path}: the encoder " in out
+    assert out.count(", which another of these trains, fits: its widths are 256 and 256.") == 2
+
+
 def test_memory_that_is_not_enough_is_an_error(
     run: Any, model_folder: Path, tmp_path: Path
 ) -> None:

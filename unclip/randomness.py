@@ -26,9 +26,10 @@ def normal(seed: int, purpose: str, ids: Sequence[int] | Tensor, shape: Sequence
 
     **Shapes**: ids (B,), shape (...) → (B, ...), float32 on the CPU.
     """
-    return torch.stack(
-        [torch.randn(tuple(shape), generator=generator(seed, purpose, int(i))) for i in ids]
-    )
+    noise = torch.empty(len(ids), *shape)
+    for row, i in zip(noise, ids, strict=True):
+        row.normal_(generator=generator(seed, purpose, int(i)))  # in place: nothing is copied
+    return noise
 
 
 def uniform(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -20,8 +20,7 @@ Spec = Annotated[Place, AfterValidator(lambda spec: spec.rstrip("/") or spec)]
 
 
 class DataConfig(Config):
-    """What to train on: `emoji`, `shapes`, a folder, a table of captions, tar shards, or for a
-    prior a cache of embeddings.
+    """What to train on: `emoji`, `shapes`, a folder, a table of captions or tar shards.
 
     `fit` is how pictures of all shapes become squares of `resolution` pixels: on white (`pad`), or
     for photographs cut out, at a random place (`crop`; previews in the middle) or always in the
@@ -42,11 +41,19 @@ class DataConfig(Config):
     caption: str | None = None
     image: str | None = None
 
-    def open(self, spec: str, *, embeddings: bool = False) -> Dataset:
+    embeddings: ClassVar = False  # whether a cache of them will do
+
+    def open(self, spec: str) -> Dataset:
         """The dataset that `train` or `val` names."""
         fit = Fit(self.resolution, self.fit, self.min_side)
         columns = Columns(self.caption, self.image)
-        return open_dataset(spec, fit, embeddings=embeddings, columns=columns)
+        return open_dataset(spec, fit, embeddings=self.embeddings, columns=columns)
+
+
+class PairsConfig(DataConfig):
+    """What a prior trains on: any of these, or a cache of embeddings (`unclip train embed`)."""
+
+    embeddings: ClassVar = True
 
 
 def open_dataset(

@@ -6,6 +6,8 @@ eight see the same pictures and a run resumes exactly.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,9 +67,17 @@ def batches(
         num_workers=workers,
         collate_fn=_Join(made),
         pin_memory=pin,
+        worker_init_fn=_apart,
         generator=torch.Generator(),  # or it would draw from the default one, even at 0 workers
     )
     return _checked(loader)
+
+
+def _apart(worker: int) -> None:
+    """What stops a training reaches its whole process group (Ctrl-C, `timeout`, schedulers): a
+    worker that died of it would end the training before it has saved."""
+    os.setpgrp()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:

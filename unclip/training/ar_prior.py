@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
-from unclip.data.open import DataConfig
+from unclip.data.open import PairsConfig
 from unclip.data.sample import Batch
 from unclip.models.ar_prior import ArPriorConfig
-from unclip.stages.ar_prior import ArSamplingConfig, ArStage
+from unclip.stages.ar_prior import ArSamplingConfig
 from unclip.training.drafts import fit_quantizer
 from unclip.training.fit import TrainConfig
 from unclip.training.prior import PairsTask, open_pairs
@@ -29,7 +28,7 @@ class ArPriorRun(Config):
     """A training run of the autoregressive prior; `clip` names the frozen encoder."""
 
     clip: Place
-    data: DataConfig
+    data: PairsConfig
     model: ArPriorConfig
     sampling: ArSamplingConfig
     drop: DropConfig
@@ -40,9 +39,6 @@ class ArPriorTask(PairsTask):
     """Predict each quantised component of z_image from its caption and those before it."""
 
     run: ArPriorRun
-
-    def _stage(self, encoder: Fingerprint | None) -> ArStage:
-        return ArStage.of(self.model, self.run.sampling, encoder)
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """Cross-entropy in nats a component, and the share of buckets guessed right.

@@ -19,7 +19,7 @@ from unclip import randomness
 from unclip.clip.contrastive import contrastive_loss
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.towers import BpeTokenizer, OpenClipTowers, vocabulary_of
-from unclip.config import Config
+from unclip.config import Config, Place
 from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import ConfigError
@@ -46,7 +46,7 @@ class PhrasesConfig(Config):
 class ClipTextRun(Config):
     """`configs/*/clip_text.yaml`. `clip` is the encoder to start from, one trained here."""
 
-    clip: str
+    clip: Place
     data: DataConfig
     teacher: TeacherConfig
     phrases: PhrasesConfig = PhrasesConfig()
@@ -77,9 +77,7 @@ class ClipTextTask(TowersTask):
     run: ClipTextRun
 
     def __init__(self, run: ClipTextRun, train: Dataset, val: Dataset | None) -> None:
-        clip = FrozenCLIP.load(run.clip)
-        if not isinstance(clip.towers, OpenClipTowers) or clip.towers.config is None:
-            raise ConfigError(f"clip = {run.clip!r} is not an encoder that was trained here")
+        clip, towers = trained_here(run.clip)
         self.data = Embedded(clip, train)
         said = [dict.fromkeys(wordings(train, row, WORDINGS)) for row in range(len(train))]
         like = [(text, row) for row, own in enumerate(said) for text in own]
@@ -94,7 +92,7 @@ class ClipTextTask(TowersTask):
                 for part in chunks(self.teacher.phrases)
             ]
         )  # (number of phrases, D)
-        towers = grown(clip.towers, self.teacher.phrases, run.train.seed)
+        towers = grown(towers, self.teacher.phrases, run.train.seed)
         super().__init__(run, val, towers, clip.preprocess, clip.name)
         self.model = self.trained = TextTower(towers)
         self.product.visual.requires_grad_(False)
@@ -167,6 +165,22 @@ class Embedded:
     def get(self, index: int, generator: torch.Generator) -> Sample:
         """Picture `index` with its embedding."""
         return replace(self.dataset.get(index, generator), z_image=self.z_image[index])
+
+
+def trained_here(name: str) -> tuple[FrozenCLIP, OpenClipTowers]:
+    """An encoder whose text tower can be taught, and its towers.
+
+    **Raises**: `ConfigError` if it was not trained here.
+    """
+    clip = FrozenCLIP.load(name)
+    if not isinstance(clip.towers, OpenClipTowers) or clip.towers.config is None:
+        raise ConfigError(f"clip = {name!r} is not an encoder that was trained here")
+    return clip, clip.towers
+
+
+def open_clip_text(run: ClipTextRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
+    """What the text tower learns from, and the encoder to start from; see `trained_here`."""
+    return run.data.open(run.data.train), trained_here(run.clip)[0]
 
 
 def train_clip_text(run: ClipTextRun, accelerator: Accelerator) -> None:

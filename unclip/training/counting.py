@@ -47,7 +47,8 @@ def step_needs(run: Any, micro: int, checkpointing: bool) -> StepNeeds:
     """What a step on a micro-batch takes, with every block computed again or not."""
     config = with_checkpointing(run.model.model_dump(), checkpointing)
     model = type(run.model).model_validate(config)
-    with FakeTensorMode(), _Peak() as peak, flop_counter() as flops:
+    # The peak's observer sees operations whole; the other takes some of them apart to count them.
+    with FakeTensorMode(), flop_counter() as flops, _Peak() as peak:
         network = network_of(run, model)
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -84,7 +85,7 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
+        self.operations += func.namespace == "aten" and not func.is_view
         if func.overloadpacket in NORMS:
             self.normed[NORMS.index(func.overloadpacket)] += args[0].numel()
         for leaf in tree_leaves(out):

@@ -18,7 +18,7 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.conditioning import Cond
 from unclip.config import Config, Place
 from unclip.data.cache import EmbeddingCache
-from unclip.data.open import DataConfig, is_cache
+from unclip.data.open import PairsConfig, is_cache
 from unclip.data.sample import Batch, Dataset
 from unclip.data.tolerant import Tolerant
 from unclip.diffusion.process import DiffusionConfig
@@ -49,7 +49,7 @@ class PriorRun(Config):
     the prior in `train.init`."""
 
     clip: Place
-    data: DataConfig
+    data: PairsConfig
     model: PriorConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
@@ -70,9 +70,10 @@ class PairsTask(StageTask):
     """What trainings of priors share: pairs of a picture's embedding and its caption."""
 
     def preview(self, model: Any) -> Image.Image | None:
-        """Each row: a validation picture, then those nearest to what its caption gave."""
-        if self.run.data.val is None and is_cache(self.run.data.train):
-            return None  # no pictures to show
+        """Each row: a validation picture, then those nearest to what its caption gave; nothing
+        where validation data are a cache, which holds no pictures."""
+        if is_cache(self.run.data.val or self.run.data.train):
+            return None
         images, captions = self.shown.first(64)
         z_image = self.clip.encode_image(images)
         cond = Cond(text=self.clip.encode_text(captions[:PREVIEWS]))
@@ -106,15 +107,18 @@ def open_pairs(run: Any, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]
     """What a prior of either kind learns from, pictures or a cache of their embeddings, and the
     encoder.
 
-    **Raises**: `CheckpointError` if another encoder made the cache, `DataError` if raw embeddings
-    are needed, by the diffusion prior's scale, and it holds unit vectors.
+    **Raises**: `CheckpointError` if another encoder made the cache, or that of validation data,
+    `DataError` if raw embeddings are needed, by the diffusion prior's scale, and it holds unit
+    vectors.
     """
-    dataset = run.data.open(run.data.train, embeddings=True)
-    clip = frozen_clip(run.clip, accelerator)
-    if isinstance(dataset, Tolerant) and isinstance(dataset.dataset, EmbeddingCache):
-        dataset.dataset.check_encoder(clip, run.clip)
-        if isinstance(run, PriorRun) and not run.model.scale.normalizes:
-            dataset.dataset.check_raw(clip)
+    dataset, clip = run.data.open(run.data.train), frozen_clip(run.clip, accelerator)
+    raw = isinstance(run, PriorRun) and not run.model.scale.normalizes
+    val = run.data.val
+    for data in (dataset, run.data.open(val) if val is not None and is_cache(val) else None):
+        if isinstance(data, Tolerant) and isinstance(data.dataset, EmbeddingCache):
+            data.dataset.check_encoder(clip, run.clip)
+            if raw:
+                data.dataset.check_raw(clip)
     return dataset, clip
 
 

@@ -20,8 +20,10 @@ from unclip.files.checkpoints import newest_checkpoint
 
 # What may differ between a run and its continuation.
 FREE_KEYS = (
-    "steps", "cooldown", "save_every", "sample_every", "log_every", "keep", "tracker", "out",
-)  # fmt: skip
+    "data.workers",
+    *("train.steps", "train.cooldown", "train.save_every", "train.sample_every"),
+    *("train.log_every", "train.keep", "train.tracker", "train.out"),
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM warns with SIGUSR1
 
@@ -44,7 +46,7 @@ def open_run(run: Path, resolved: Config) -> Path | None:
 def _check_same(before: Config, resolved: Config, run: Path) -> None:
     saved, given = (flat(config.model_dump(mode="json")) for config in (before, resolved))
     for key in [*given, *(set(saved) - set(given))]:
-        if key in {f"train.{free}" for free in FREE_KEYS}:
+        if key in FREE_KEYS:
             continue
         if key not in saved or key not in given or saved[key] != given[key]:
             was, now = saved.get(key, "absent"), given.get(key, "absent")

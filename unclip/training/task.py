@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.precision import default_dtype
 from unclip.stages import lora
+from unclip.stages.ar_prior import ArStage
 from unclip.stages.kinds import kind_of, stage_name
 from unclip.stages.stage import Stage
 from unclip.training.fit import Task, fit
@@ -52,18 +52,17 @@ def frozen_clip(name: str, accelerator: Accelerator) -> FrozenCLIP:
 
 class Shown:
     """What previews show: the first pictures of the validation set, or where there is none of the
-    training set, which is open already. They are read once and kept."""
+    training set, which is open already. They are read once and kept.
+
+    **Raises**: as `open_dataset`, before anything is trained.
+    """
 
     def __init__(self, data: DataConfig, train: Dataset | None = None) -> None:
-        self.data, self.train = data, train
+        if data.val is None and train is not None:
+            self.dataset = train
+        else:
+            self.dataset = data.open(data.val or data.train)
         self._kept: list[Sample] = []
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """The set that they are of."""
-        if self.data.val is None and self.train is not None:
-            return self.train
-        return self.data.open(self.data.val or self.data.train)
 
     def first(self, count: int) -> tuple[Tensor, list[str]]:
         """**Shapes**: → (n, 3, H, W) in [-1, 1] and n captions, n at most `count`."""
@@ -72,6 +71,14 @@ class Shown:
             self._kept = [fixed(dataset, i) for i in range(min(count, len(dataset)))]
         shown = self._kept[:count]
         return torch.stack([s.image for s in shown]), [s.caption for s in shown]
+
+
+def stage_of(run: Any, network: nn.Module, encoder: Fingerprint | None) -> Stage:
+    """The stage that a run trains, of its network and the encoder beside it."""
+    if kind_of(run.model).name == "ar_prior":
+        return ArStage.of(network, run.sampling, encoder)
+    process = GaussianDiffusion(run.diffusion)
+    return Stage(stage_name(run.model), network, process, run.sampling, encoder)
 
 
 class StageTask:
@@ -87,18 +94,14 @@ class StageTask:
             self.clip = clip
             check_widths(clip, run)
         self.run, self.shown = run, Shown(run.data, train)
-        self.name = stage_name(run.model)
         self.model: nn.Module = kind_of(run.model).network(run.model)
-        self.stage = self._stage(None if clip is None else clip.fingerprint)
+        self.stage = stage_of(run, self.model, None if clip is None else clip.fingerprint)
+        self.name = self.stage.name
         self.product: nn.Module = self.model
         self.rank: int | None = getattr(run, "lora", None)
         if self.rank is not None:
             self.product = adapted(self.stage, self.rank, run.train)
         self.trained: nn.Module = self.product
-
-    def _stage(self, encoder: Fingerprint | None) -> Stage:
-        diffusion = GaussianDiffusion(self.run.diffusion)
-        return Stage(self.name, self.model, diffusion, self.run.sampling, encoder)
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
@@ -141,7 +144,9 @@ def train(
     Of a stage with `data.val` the log says what that costs: always the same samples and noise.
     """
 
-    def stream(step: int, dataset: Dataset = dataset) -> Iterator[Batch]:
+    def stream(
+        step: int, dataset: Dataset = dataset, workers: int = run.data.workers
+    ) -> Iterator[Batch]:
         return batches(
             dataset,
             batch=run.train.batch,
@@ -151,7 +156,7 @@ def train(
             world=accelerator.num_processes,
             accumulate=run.train.accumulate,
             crop=run.data.crop,
-            workers=run.data.workers,
+            workers=workers,
             made=made,
             pin=accelerator.device.type == "cuda",
         )
@@ -160,7 +165,8 @@ def train(
         assert isinstance(task, StageTask)
         sums: dict[str, Tensor] = {}
         count = run.train.accumulate * max(1, HELD_OUT // run.train.batch)
-        for batch in itertools.islice(stream(0, task.shown.dataset), count):
+        workers = min(run.data.workers, count - 1)  # each makes whole batches, two ahead
+        for batch in itertools.islice(stream(0, task.shown.dataset, workers), count):
             add_up(sums, task.loss(model, batch.to(accelerator.device), 0))
         return means_of(sums, accelerator)
 

@@ -16,7 +16,7 @@ from unclip.errors import ConfigError
 from unclip.stages.kinds import kind_of_keys
 from unclip.training.ar_prior import ArPriorRun, train_ar_prior
 from unclip.training.clip import ClipRun, train_clip
-from unclip.training.clip_text import ClipTextRun, train_clip_text
+from unclip.training.clip_text import ClipTextRun, open_clip_text, train_clip_text
 from unclip.training.decoder import DecoderRun, open_decoder, train_decoder
 from unclip.training.prior import PriorRun, open_pairs, train_prior
 from unclip.training.upsampler import UpsamplerRun, train_upsampler
@@ -44,7 +44,7 @@ TRAINERS = {
     ),
     "clip_text": Trainer(
         ClipTextRun,
-        open_pictures,
+        open_clip_text,
         train_clip_text,
         "Teach a trained CLIP's text tower more words (Section 2).",
     ),

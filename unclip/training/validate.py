@@ -11,19 +11,18 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
 from unclip.data.order import batches, micro_batch
 from unclip.data.sample import Batch, Dataset
-from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import ConfigError
 from unclip.files.disk import check_writable, write_new
 from unclip.images import grid, resize, to_pil
-from unclip.stages.ar_prior import ArStage
-from unclip.stages.kinds import KINDS, build, stage_name
-from unclip.stages.stage import Stage
+from unclip.stages.kinds import KINDS, build
 from unclip.training.launch import start_accelerator
 from unclip.training.plan import GB, Plan, plan
 from unclip.training.start import Widths, check_widths, kin_of
+from unclip.training.task import stage_of
 from unclip.training.trainers import TRAINERS, trained_by
 
 SHOWN, SIDE = 64, 96  # pictures on a contact sheet, at most, and pixels of each
@@ -107,21 +106,29 @@ def _pending(place: str | None, runs: Sequence[Run]) -> Run | None:
     return None
 
 
+def _planned(place: str | None, runs: Sequence[Run]) -> Widths | None:
+    """What is known of an encoder that another configuration will train, if one will."""
+    first = _pending(place, runs)
+    if first is None:
+        return None
+    if first.name == "clip_text":  # its widths are those of the one that it starts from
+        return _planned(first.config.clip, runs) or FrozenCLIP.load(first.config.clip)
+    return Planned(first.config.model.embed_dim, first.config.model.text_cfg.width)
+
+
 def _checks(run: Run, runs: Sequence[Run], accelerator: Accelerator, out: Path) -> Iterator[str]:
     """What a training does before its first step, with nothing allocated for its network."""
     config, clip = run.config, None
-    encoder: Widths | None
-    first = _pending(getattr(config, "clip", None), runs)
-    if first is None:
+    encoder: Widths | None = _planned(getattr(config, "clip", None), runs)
+    there = "" if encoder is None else ", which another of these trains,"
+    if encoder is None:
         dataset, clip = TRAINERS[run.name].opens(config, accelerator)
         encoder = clip
     else:
-        dataset = config.data.open(config.data.train, embeddings=run.name != "decoder")
-        model = first.config.model
-        encoder = Planned(model.embed_dim, model.text_cfg.width)
+        dataset = config.data.open(config.data.train)
     if encoder is not None:
-        check_widths(encoder, config)
-        there = "" if first is None else ", which another of these trains,"
+        if run.name in KINDS:
+            check_widths(encoder, config)
         widths = f"{encoder.width} and {encoder.text_width}"
         yield f"the encoder {config.clip}{there} fits: its widths are {widths}."
     yield _drawn(run, dataset, out)
@@ -130,7 +137,8 @@ def _checks(run: Run, runs: Sequence[Run], accelerator: Accelerator, out: Path) 
     if _pending(config.train.init, runs):
         yield f"train.init: {config.train.init} is what another of these trains."
     elif config.train.init is not None and run.name in KINDS:
-        kin_of(_stage(run, clip), config.train.init)
+        encoder_of = None if clip is None else clip.fingerprint
+        kin_of(stage_of(config, build(config.model), encoder_of), config.train.init)
         yield f"train.init: the weights in {config.train.init} can be started from."
 
 
@@ -154,17 +162,6 @@ def _sheet(batch: Batch, to: Path) -> None:
     pictures = [to_pil(x) for x in resize(batch.images, SIDE).clamp(-1, 1)]
     columns = math.ceil(len(pictures) ** 0.5)
     grid(pictures, columns, batch.captions).save(to, "PNG")
-
-
-def _stage(run: Run, clip: Any) -> Stage:
-    """The stage that will be trained, without weights."""
-    config = run.config
-    encoder = None if clip is None else clip.fingerprint
-    network = build(config.model)
-    if run.name == "ar_prior":
-        return ArStage.of(network, config.sampling, encoder)
-    process = GaussianDiffusion(config.diffusion)
-    return Stage(stage_name(config.model), network, process, config.sampling, encoder)
 
 
 def _told(path: str, needs: Plan, gpus: int, memory: float | None) -> str:
