@@ -14,7 +14,7 @@ from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept
 from unclip.errors import ConfigError
 from unclip.images import resize
-from unclip.stages.stage import Draw, Stage, together
+from unclip.stages.stage import Draw, Stage, Start, chunks
 
 
 def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | None:
@@ -57,8 +57,8 @@ def enlarge(
     **Shapes**: x (B, 3, R, R) → (B, 3, R', R').
     """
     for stage in chosen:
-        after = None if kept is None else kept.at(stage.side).after(stage.diffusion, generators)
-        x = draw(stage, Cond(low_res=resize(x, stage.side)), generators, after=after).clamp(-1, 1)
+        cond = Cond(low_res=resize(x, stage.side))
+        x = draw(stage, cond, generators, start=Start(kept=kept)).clamp(-1, 1)
     return x
 
 
@@ -69,11 +69,10 @@ def enlarged(
     draw: Draw,
     kept: Kept | None = None,
 ) -> Iterator[Tensor]:
-    """The same picture by picture, as soon as the last upsampler has drawn them: of large pictures
-    only those are in memory that it takes together."""
+    """The same picture by picture, as soon as the last upsampler has drawn them, with what is kept
+    as it was: of large pictures only those are in memory that it takes together."""
     x = enlarge(chosen[:-1], x, generators, draw, kept)
-    chunk = together(chosen[-1].shape, x.device) if chosen else len(x)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
+    for rows in chunks(len(x), chosen[-1].shape if chosen else x.shape[1:], x.device):
         own = None if kept is None else kept.rows(rows)
-        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw, own)
+        larger = enlarge(chosen[-1:], x[rows], generators[rows], draw, own)
+        yield from larger if own is None else own.at(larger.shape[-1]).paste(larger)

@@ -28,6 +28,7 @@ from unclip.errors import ConfigError
 from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.sources import Source
+from unclip.stages.stage import Start
 from unclip.training.fit import TrainConfig
 from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, told_of, train
 
@@ -159,8 +160,7 @@ class Redrawn:
             config,
             [torch.Generator() for _ in rows],
             null_text=self.clip.null_text,
-            x_T=process.q_sample(x0, t, noise),
-            levels=level + 1,
+            start=Start(process.q_sample(x0, t, noise), level + 1),
         )
         return low.index_copy(0, own, drawn.to(low.dtype))
 
