@@ -392,9 +392,9 @@ def test_pictures_come_one_by_one_and_are_those_of_the_list(pipe, monkeypatch):
     drawn = []
     draw = Stage.draw
 
-    def spy(self, cond, shape, config, generators, **more):
+    def spy(self, cond, config, generators, **more):
         drawn.append((self.name, len(generators)))
-        return draw(self, cond, shape, config, generators, **more)
+        return draw(self, cond, config, generators, **more)
 
     monkeypatch.setattr(Stage, "draw", spy)
     pictures = pipe.iterate([APPLE, SQUARES], n=3, seed=4, size=32, prior_candidates=1)

@@ -124,7 +124,6 @@ def drawer(opts: Options, stages: Sequence[Stage], reader: Reader, dtype: torch.
         with resident([stage.network, stage.last], reader.device):
             return stage.draw(
                 cond,
-                stage.shape,
                 config,
                 generators,
                 null_text=null_text,

@@ -45,7 +45,6 @@ class ArStage(Stage):
     def draw(
         self,
         cond: Cond,
-        shape: tuple[int, ...],
         config: Any,
         generators: Sequence[torch.Generator],
         *,
@@ -58,7 +57,7 @@ class ArStage(Stage):
 
         **Shapes**: cond and negative have B rows of text, null_text one; generators B → (B, D).
         """
-        parts, together = [], chunks(len(generators), shape, cond.device)
+        parts, together = [], chunks(len(generators), self.shape, cond.device)
         steps = self.config.components * len(together)
         with steps_of(self.name, steps, how.progress) as step_done:
             for rows in together:
@@ -70,9 +69,6 @@ class ArStage(Stage):
                     )
                 )
         return torch.cat(parts)
-
-    def _process(self) -> dict[str, Any] | None:
-        return None
 
 
 @torch.no_grad()

@@ -173,7 +173,6 @@ class Stage:
     def draw(
         self,
         cond: Cond,
-        shape: tuple[int, ...],
         config: SamplingConfig,
         generators: Sequence[torch.Generator],
         *,
@@ -187,9 +186,10 @@ class Stage:
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
         float32, whatever the network computes in.
 
-        **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
-        generators B → (B, *shape).
+        **Shapes**: cond and negative have B rows, null_text one; generators B → (B, D), or (B, 3,
+        H, W) of the decoder's size or the size of low_res.
         """
+        shape = self.shape if cond.low_res is None else cond.low_res.shape[1:]
         parts, together = [], chunks(len(generators), shape, cond.device)
         kept = None if start.kept is None else start.kept.at(self.side)
         with steps_of(self.name, config.steps * len(together), how.progress) as step_done:
@@ -222,14 +222,11 @@ class Stage:
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
-            "diffusion": self._process(),
+            "diffusion": self.diffusion and self.diffusion.config.model_dump(mode="json"),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
             **({"power": power} if power else {}),
         }
-
-    def _process(self) -> dict[str, Any] | None:
-        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,

@@ -156,7 +156,6 @@ class Redrawn:
         )
         drawn = self.decoder.draw(
             told_of(self.clip, batch.images[own], text),
-            self.decoder.shape,
             config,
             [torch.Generator() for _ in rows],
             null_text=self.clip.null_text,
@@ -187,7 +186,7 @@ class UpsamplerTask(StageTask):
         real = images[..., corner : corner + side, corner : corner + side]
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
-        out = self.drawn(model, cond, tuple(real.shape[1:]))
+        out = self.drawn(model, cond)
         return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
 
 
