@@ -16,11 +16,9 @@ from torch.nn.functional import cosine_similarity
 from unclip import randomness
 from unclip.conditioning import Cond, TextEncoding
 from unclip.images import to_pil
-from unclip.options import Options
 from unclip.reader import Reader
 from unclip.stages.prior import FromText
-from unclip.stages.resident import resident
-from unclip.stages.stage import OWN_NOISE, Draw, Manner, Stage, Start, chunks
+from unclip.stages.stage import Draw, Stage, Start, chunks
 from unclip.stages.upsampler import enlarged
 
 
@@ -101,35 +99,3 @@ class Drawing:
             keep = torch.zeros(len(cond), dtype=torch.bool, device=cond.device)
             cond = replace(cond, keep_image=keep)
         return replace(cond, known=shown)
-
-
-def drawer(opts: Options, stages: Sequence[Stage], reader: Reader, dtype: torch.dtype) -> Draw:
-    """How each stage draws under these options, its weights on the device while it does.
-
-    **Raises**: `ConfigError` for options that a stage can't follow.
-    """
-    sampling = opts.resolve(stages)
-    how = Manner(dtype, opts.tile, opts.progress, opts.preview)
-
-    def draw(
-        stage: Stage,
-        cond: Cond,
-        generators: Sequence[torch.Generator],
-        /,
-        negative: Cond | None = None,
-        start: Start = OWN_NOISE,
-    ) -> Tensor:
-        null_text = None if cond.text is None else reader.null_text()
-        config = sampling[stage.name]
-        with resident([stage.network, stage.last], reader.device):
-            return stage.draw(
-                cond,
-                config,
-                generators,
-                null_text=null_text,
-                negative=negative,
-                start=start,
-                how=how,
-            )
-
-    return draw

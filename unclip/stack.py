@@ -17,7 +17,7 @@ from torch import Tensor
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import Fingerprint, check_same_encoder
 from unclip.diffusion.sampling import SamplingConfig
-from unclip.drawing import Drawing, drawer
+from unclip.drawing import Drawing
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import pad_to_square, resize, to_pil, to_tensor
 from unclip.inputs import Picture, as_number, as_picture, as_seeds
@@ -25,7 +25,7 @@ from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.reader import NO_CLIP, Reader
 from unclip.stages.decoder import started
 from unclip.stages.prior import FromText, check_prior
-from unclip.stages.stage import Draw, Stage, Start
+from unclip.stages.stage import Draw, Manner, Stage, Start
 from unclip.stages.upsampler import enlarged, route, way_up
 
 
@@ -131,7 +131,7 @@ class Stack:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
         if z_image is not None and opts.prior is not None:
             raise ConfigError(f"prior = {opts.prior!r} has no effect where embeddings are given")
-        draw, from_text = self._drawer(opts), None
+        draw, from_text = self._draw(opts), None
         if z_image is None or negative is not None:
             from_text = self._from_text(opts, draw)
         nothing = () if z_image is None else ""
@@ -160,7 +160,7 @@ class Stack:
         """
         opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
         prompts, n = self.reader.prompts(prompt), as_number("n", n, 1)
-        from_text = self._from_text(opts, self._drawer(opts))
+        from_text = self._from_text(opts, self._draw(opts))
         if from_text.by == "none":
             raise ConfigError("prior = 'none' makes no embeddings")
         text = self.reader.text(prompts).repeat(n)
@@ -176,14 +176,16 @@ class Stack:
         opts = Options.of(options, OF_TEXT, meant_for="upsampler")
         if not self.upsamplers:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
-        draw, square = self._drawer(opts), pad_to_square(as_picture(image))
+        draw, square = self._draw(opts), pad_to_square(as_picture(image))
         low, chosen = way_up(self.upsamplers, square.width, opts.size)
         x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
         generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
         return to_pil(next(enlarged(chosen, x, generators, draw)))
 
-    def _drawer(self, opts: Options) -> Draw:
-        return drawer(opts, self.stages, self.reader, self.dtype)
+    def _draw(self, opts: Options) -> Draw:
+        """**Raises**: `ConfigError` for options that a stage can't follow."""
+        how = Manner(self.dtype, opts.tile, opts.progress, opts.preview)
+        return Draw(opts.resolve(self.stages), self.reader.null_text, self.device, how)
 
     def _from_text(self, opts: Options, draw: Draw) -> FromText:
         """How text becomes an embedding under these options."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
 from unclip.progress import Progress, steps_of
 from unclip.stages.kinds import kind_of
+from unclip.stages.resident import resident
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
 # from 256 px up. An accelerator takes four times as many.
@@ -67,21 +68,6 @@ class Manner:
 
 
 OWN_NOISE, PLAIN = Start(), Manner()
-
-
-class Draw(Protocol):
-    """How a stage is drawn from by whoever holds the options: one sample for each generator."""
-
-    def __call__(
-        self,
-        stage: Stage,
-        cond: Cond,
-        generators: Sequence[torch.Generator],
-        /,
-        negative: Cond | None = None,
-        start: Start = OWN_NOISE,
-    ) -> Tensor:
-        """See `Stage.draw`."""
 
 
 def chunks(count: int, shape: Sequence[int], device: torch.device) -> list[slice]:
@@ -241,3 +227,35 @@ class Stage:
         if self.last is not None:
             last = self.last.state_dict()
             write_tensors(folder / self.name / WEIGHTS_LAST, last, dtype, exact)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a call draws from any of its stages, whose weights are on `device` while they are at
+    work: `sampling` by their names, `null_text` for those that are told a text."""
+
+    sampling: Mapping[str, SamplingConfig]
+    null_text: Callable[[], TextEncoding | None]
+    device: torch.device
+    how: Manner
+
+    def __call__(
+        self,
+        stage: Stage,
+        cond: Cond,
+        generators: Sequence[torch.Generator],
+        negative: Cond | None = None,
+        start: Start = OWN_NOISE,
+    ) -> Tensor:
+        """One sample for each generator; see `Stage.draw`."""
+        null_text = None if cond.text is None else self.null_text()
+        with resident([stage.network, stage.last], self.device):
+            return stage.draw(
+                cond,
+                self.sampling[stage.name],
+                generators,
+                null_text=null_text,
+                negative=negative,
+                start=start,
+                how=self.how,
+            )
