@@ -382,6 +382,12 @@ def test_a_model_without_a_prior_says_what_needs_one(karlo):
         karlo.variations(picture(), negative_prompt=APPLE)
 
 
+def test_a_model_without_a_decoder_says_so_of_a_mask_too(pipe):
+    """The mask was taken to the largest of no sizes: an IndexError."""
+    with pytest.raises(CheckpointError, match="no decoder"):
+        UnCLIP(pipe.clip, pipe.prior).inpaint(picture(), half_mask(), APPLE)
+
+
 def test_pictures_of_other_sizes_are_padded(pipe):
     between = pipe.interpolate([picture(), picture("blue", (10, 60))], 2, size=16, steps=20)
     assert likeness(between[1], picture("blue", (10, 60))) > 25

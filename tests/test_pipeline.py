@@ -379,7 +379,7 @@ def test_offloading_has_one_stage_at_a_time_on_the_device(model_folder, pipe, mo
         present.clear()
 
     monkeypatch.setattr("unclip.reader.resident", spy)
-    monkeypatch.setattr("unclip.drawing.resident", spy)
+    monkeypatch.setattr("unclip.stages.stage.resident", spy)
     images = offloaded.text_to_image(APPLE, seed=4, size=32)
     same(images[0], expected, levels=0)
     assert [name for name in visits if name != "clip"] == ["prior", "decoder", "upsampler_32"]

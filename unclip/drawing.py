@@ -86,9 +86,9 @@ class Drawing:
             assert self.from_text is not None and text is not None
             z_image = self.from_text(text, generators)
         start, kept, shown = self.start, self.start.kept, None
-        if kept is not None and self.decoder.config.inpaint:  # it draws what goes with that,
-            shown = kept.at(self.decoder.side).shown()
-            start = replace(start, kept=None)  # nothing is put back
+        if kept is not None and self.decoder.config.inpaint:
+            # It draws what goes with that, and nothing is put back.
+            shown, start = kept.at(self.decoder.side).shown(), replace(start, kept=None)
         cond = self._told(Cond(image_embed=z_image, text=text), shown)
         away = None if negative is None else self._told(negative, shown)
         x = self.draw(self.decoder, cond, generators, negative=away, start=start).clamp(-1, 1)
