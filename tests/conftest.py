@@ -39,7 +39,12 @@ WORDS = ["a red apple", "a blue square and two green circles"]
 
 def tiny_clip(seed: int = 0) -> FrozenCLIP:
     """A CLIP of one layer a tower, with a vocabulary of a few words."""
-    vocabulary = vocabulary_of(WORDS, CONTEXT)
+    return FrozenCLIP(tiny_towers(WORDS, seed), PreprocessConfig(size=16), f"tiny {seed}")
+
+
+def tiny_towers(texts: list[str], seed: int = 0) -> OpenClipTowers:
+    """Its towers with random weights, which know the words of these texts."""
+    vocabulary = vocabulary_of(texts, CONTEXT)
     config = ClipConfig(
         embed_dim=WIDTH,
         vision_cfg=VisionConfig(image_size=16, layers=1, width=16, head_width=8, patch_size=8),
@@ -49,8 +54,7 @@ def tiny_clip(seed: int = 0) -> FrozenCLIP:
     )
     model = build_clip(config)
     randomise(model, seed)
-    towers = OpenClipTowers(model, BpeTokenizer(CONTEXT, vocabulary), config)
-    return FrozenCLIP(towers, PreprocessConfig(size=16), f"tiny {seed}")
+    return OpenClipTowers(model, BpeTokenizer(CONTEXT, vocabulary), config)
 
 
 def stage(name: str, network, encoder: FrozenCLIP | None, target: str = "v", **sampling) -> Stage:

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("interop", "data"),
     ("sources", "options", "reader", "drawing", "summary", "hub"),
+    ("stack",),
     ("edit",),
     ("pipeline", "training"),
     ("assemble", "evaluation", "doctor"),

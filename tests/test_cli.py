@@ -114,10 +114,10 @@ def test_what_is_ready_stays_when_a_later_batch_fails(run, tmp_path, monkeypatch
 
     draw = Stage.draw
 
-    def fails_later(self, cond, shape, config, generators, **more):
+    def fails_later(self, cond, config, generators, **more):
         if self.name == "upsampler_64" and generators[0].initial_seed() > 0:
             raise DataError("the lights went out")
-        return draw(self, cond, shape, config, generators, **more)
+        return draw(self, cond, config, generators, **more)
 
     monkeypatch.setattr(Stage, "draw", fails_later)
     monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 16**2)

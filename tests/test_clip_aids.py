@@ -11,21 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from parity import randomise
+from conftest import tiny_towers
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 
 from unclip.clip.contrastive import contrastive_loss
 from unclip.clip.encoder import FrozenCLIP
-from unclip.clip.towers import (
-    BpeTokenizer,
-    ClipConfig,
-    OpenClipTowers,
-    TextConfig,
-    VisionConfig,
-    build_clip,
-    vocabulary_of,
-)
 from unclip.config import load_config
 from unclip.data.order import batches
 from unclip.data.shapes import Shapes
@@ -121,20 +112,9 @@ def test_errors_say_what_to_do(sentences: Path) -> None:
 
 
 def aided(teaches: bool = True, restores: bool = True, **restore: float) -> AidedCLIP:
-    vocabulary = vocabulary_of(TEXTS, 12)
-    config = ClipConfig(
-        embed_dim=16,
-        vision_cfg=VisionConfig(image_size=16, layers=1, width=16, head_width=8, patch_size=8),
-        text_cfg=TextConfig(
-            context_length=12, vocab_size=len(vocabulary) + 1, width=16, heads=2, layers=1
-        ),
-    )
-    model = build_clip(config)
-    randomise(model, 0)
-    towers = OpenClipTowers(model, BpeTokenizer(12, vocabulary), config)
     network = DraftConfig(width=32, blocks=1)
     head = RestoreConfig(side=8, network=network, **restore) if restores else None
-    return AidedCLIP(towers, head, TaughtConfig(model="m") if teaches else None, 8)
+    return AidedCLIP(tiny_towers(TEXTS), head, TaughtConfig(model="m") if teaches else None, 8)
 
 
 def inputs(model: AidedCLIP) -> tuple[Tensor, Tensor, Tensor, Lesson]:

@@ -244,6 +244,18 @@ def test_a_negative_prompt_that_is_the_prompt_is_no_guidance(prompt):
     assert distance(pipe.text_to_image(prompt, n=2, size=16)[1], alone[1]) > 0.01
 
 
+@pytest.mark.parametrize("prompt", [APPLE, ""])
+def test_embeddings_of_the_negative_prompt_are_not_guided(prompt):
+    """By an empty one they were led away from z_text, as no prior stood behind it."""
+    pipe = guided_pipeline()
+    z = pipe.text_to_embedding(prompt, negative_prompt=prompt)
+    first, second = (
+        pipe.image_from_embedding(z, prompt, size=16, **how)[0]
+        for how in ({"negative_prompt": prompt}, {"guidance": 1.0})
+    )
+    same(first, second, levels=1)
+
+
 def test_a_negative_prompt_leads_away_in_prior_and_decoder():
     pipe = guided_pipeline()
     plain, away = (
@@ -368,6 +380,12 @@ def test_a_model_without_a_prior_says_what_needs_one(karlo):
         karlo.mix([picture(), APPLE])
     with pytest.raises(CheckpointError, match="no prior"):
         karlo.variations(picture(), negative_prompt=APPLE)
+
+
+def test_a_model_without_a_decoder_says_so_of_a_mask_too(pipe):
+    """The mask was taken to the largest of no sizes: an IndexError."""
+    with pytest.raises(CheckpointError, match="no decoder"):
+        UnCLIP(pipe.clip, pipe.prior).inpaint(picture(), half_mask(), APPLE)
 
 
 def test_pictures_of_other_sizes_are_padded(pipe):

@@ -26,7 +26,7 @@ from unclip.models.layers import EmbeddingScale, ScaleConfig
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.stages.resident import resident
-from unclip.stages.stage import Stage, chunk_size
+from unclip.stages.stage import Stage, chunks
 
 APPLE, SQUARES = "a red apple", "a blue square and two green circles"
 LEVEL = 2 / 255  # one of 256 levels: what rounding to 8 bits may cost
@@ -340,8 +340,11 @@ def test_damaged_folders_are_checkpoint_errors(model_folder, tmp_path):
 
 def test_a_chunk_is_64_small_pictures_and_never_none():
     cpu, other = torch.device("cpu"), torch.device("meta")
-    assert [chunk_size(side, cpu) for side in (64, 256, 1024)] == [16, 1, 1]
-    assert [chunk_size(side, other) for side in (64, 256, 1024)] == [64, 4, 1]
+    for device, sizes in ((cpu, [16, 1, 1]), (other, [64, 4, 1])):
+        for side, size in zip((64, 256, 1024), sizes, strict=True):
+            rows = chunks(65, (3, side, side), device)
+            assert [x for part in rows for x in range(65)[part]] == list(range(65))
+            assert {len(range(65)[part]) for part in rows[:-1]} == {size}
 
 
 def test_models_are_equal_for_equal_seeds():
@@ -376,7 +379,7 @@ def test_offloading_has_one_stage_at_a_time_on_the_device(model_folder, pipe, mo
         present.clear()
 
     monkeypatch.setattr("unclip.reader.resident", spy)
-    monkeypatch.setattr("unclip.drawing.resident", spy)
+    monkeypatch.setattr("unclip.stages.stage.resident", spy)
     images = offloaded.text_to_image(APPLE, seed=4, size=32)
     same(images[0], expected, levels=0)
     assert [name for name in visits if name != "clip"] == ["prior", "decoder", "upsampler_32"]
@@ -389,9 +392,9 @@ def test_pictures_come_one_by_one_and_are_those_of_the_list(pipe, monkeypatch):
     drawn = []
     draw = Stage.draw
 
-    def spy(self, cond, shape, config, generators, **more):
+    def spy(self, cond, config, generators, **more):
         drawn.append((self.name, len(generators)))
-        return draw(self, cond, shape, config, generators, **more)
+        return draw(self, cond, config, generators, **more)
 
     monkeypatch.setattr(Stage, "draw", spy)
     pictures = pipe.iterate([APPLE, SQUARES], n=3, seed=4, size=32, prior_candidates=1)

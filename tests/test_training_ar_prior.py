@@ -99,7 +99,7 @@ def test_a_run_learns_resumes_exactly_and_loads_as_a_stage(
     clip = FrozenCLIP.load(str(model_folder))
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
     cond = Cond(text=clip.encode_text(["a red square", "a blue circle"]))
-    z = stage.draw(cond, stage.shape, stage.sampling, generators, null_text=clip.null_text)
+    z = stage.draw(cond, stage.sampling, generators, null_text=clip.null_text)
     torch.testing.assert_close(stage.embeddings(z).norm(dim=1), torch.ones(2))
 
 

@@ -165,8 +165,7 @@ def restore(stage: Stage, out: Path, count: int = RESTORED) -> dict[str, float]:
     real = torch.stack([render(scene, stage.side) for scene in scenes])  # (B, 3, R, R)
     bicubic = resize(resize(real, stage.low), stage.side).clamp(-1, 1)
     generators = [torch.Generator().manual_seed(k) for k in range(len(bicubic))]
-    shape = tuple(bicubic.shape[1:])
-    restored = stage.draw(Cond(low_res=bicubic), shape, stage.sampling, generators).clamp(-1, 1)
+    restored = stage.draw(Cond(low_res=bicubic), stage.sampling, generators).clamp(-1, 1)
     rows = [x[k] for k in (0, 1, -1, -2) for x in (bicubic, restored, real)]
     grid([to_pil(x) for x in rows], columns=3).save(out / f"{stage.name}.png")
     return {

@@ -6,75 +6,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
 from unclip.clip import sphere
 from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept, mask_at
-from unclip.diffusion.sampling import SamplingConfig
-from unclip.drawing import Start
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
-from unclip.inputs import Picture, as_embeddings, as_pictures, as_seeds
-from unclip.options import BY_STAGE, DECODERS, Options
-from unclip.progress import Progress, steps_of
+from unclip.inputs import Picture, as_embeddings, as_picture, as_pictures, as_seeds
+from unclip.options import Options
+from unclip.progress import Progress
 from unclip.randomness import noise_of
-from unclip.reader import Reader
+from unclip.stack import Stack
 from unclip.stages import decoder as decoders
 from unclip.stages.resident import resident
-from unclip.stages.stage import Stage, together
+from unclip.stages.stage import Manner, Start
 
 STEPS = 50  # of an inversion and of the way back, unless asked for others
 
 
-class Pipe(Protocol):
-    """What is asked of the pipeline here; `UnCLIP` says what each does."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def sizes(self) -> list[int]: ...
-
-    @property
-    def reader(self) -> Reader: ...
-
-    def need(self, name: str, purpose: str) -> Stage: ...
-
-    def encode_image(self, images: Any) -> Tensor: ...
-
-    def encode_text(self, prompts: Any) -> Tensor: ...
-
-    def text_to_embedding(
-        self, prompt: Any, n: int = 1, seed: int | None = 0, **options: Any
-    ) -> Tensor: ...
-
-    def varied(self, options: Options) -> Options: ...
-
-    def with_decoder_sampling(self, sampling: SamplingConfig) -> Self: ...
-
-    def iterate(
-        self,
-        prompt: Any = None,
-        n: int = 1,
-        seed: int | Sequence[int] | None = 0,
-        *,
-        z_image: Any = None,
-        x_T: Any = None,
-        **options: Any,
-    ) -> Iterator[Image]: ...
-
-
-P = TypeVar("P", bound=Pipe)
+P = TypeVar("P", bound=Stack)
 
 
 def exact(pipe: P) -> P:
@@ -83,7 +43,7 @@ def exact(pipe: P) -> P:
 
 
 def invert(
-    pipe: Pipe,
+    pipe: Stack,
     images: Picture | Sequence[Picture],
     z_image: Any = None,
     steps: int = STEPS,
@@ -102,33 +62,34 @@ def invert(
     read = pipe.reader
     text = None if read.clip is None else read.text([""] * len(x))  # as when redrawn
     cond = Cond(image_embed=z.to(pipe.device), text=text)
-    total = steps * math.ceil(len(x) / together(decoder.shape, pipe.device))
-    with resident([decoder.network], pipe.device), steps_of("inversion", total, progress) as done:
-        return decoders.noise_of(decoder, x, cond, steps, pipe.dtype, done)
+    how = Manner(pipe.dtype, progress=progress)
+    with resident([decoder.network], pipe.device):
+        return decoders.noise_of(decoder, x, cond, steps, how)
 
 
-def invert_as_asked(
-    pipe: Pipe, images: Picture | Sequence[Picture], z_image: Tensor, options: dict[str, Any]
-) -> Tensor:
-    """`invert` in as many steps as these options of `redraw` ask for."""
-    opts = Options.of(options)
+def pair(
+    pipe: Stack, images: Picture | Sequence[Picture], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """z_image and x_T of pictures, by `invert` in as many steps as these options of `redraw` ask
+    for. **Shapes**: B pictures → (B, D), (B, 3, R, R)."""
+    opts, z_image = Options.of(options), pipe.encode_image(images)
     steps = opts.sampling(exact(pipe).need("decoder", "inversion")).steps
-    return invert(pipe, images, z_image, steps, opts.progress)
+    return z_image, invert(pipe, images, z_image, steps, opts.progress)
 
 
-def noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
+def noise(pipe: Stack, seeds: Sequence[int]) -> Tensor:
     """An x_T for each seed. **Shapes**: B seeds → (B, 3, R, R)."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return noise_of(generators, pipe.need("decoder", "pictures").shape)
 
 
 def redraw(
-    pipe: Pipe,
+    pipe: Stack,
     z_image: Any,
     x_T: Tensor,
     seed: int | Sequence[int] | None = 0,
     **options: Any,
-) -> list[Image]:
+) -> list[Image.Image]:
     """Pictures of pairs, the way back of `invert`: by DDIM in 50 steps, without guidance.
 
     `eta` above 0 leaves x_T behind, up to variations at 1. `seed`, or each picture's own, is for
@@ -138,33 +99,29 @@ def redraw(
 
 
 def vary(
-    pipe: Pipe, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
-) -> list[Image]:
+    pipe: Stack, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
+) -> list[Image.Image]:
     """n variations from each picture's own x_T: at eta 0 they are `reconstruct` (Section 3.1)."""
-    z_image = pipe.encode_image(image)
-    x_T = invert_as_asked(pipe, image, z_image, options).repeat_interleave(n, 0)
-    opts, own = Options.of(options), exact(pipe)
-    drawn = own.iterate(None, n, seed, z_image=z_image, x_T=x_T, options=own.varied(opts))
-    return list(drawn)
+    z_image, x_T = pair(pipe, image, options)
+    x_T, own = x_T.repeat_interleave(n, 0), exact(pipe)
+    opts = own.varied(Options.of(options))
+    return list(own.iterate(None, n, seed, z_image=z_image, x_T=x_T, options=opts))
 
 
-def reconstruct(pipe: Pipe, image: Picture, seed: int | None = 0, **options: Any) -> Image:
+def reconstruct(pipe: Stack, image: Picture, seed: int | None = 0, **options: Any) -> Image.Image:
     """A picture from its own z_image and x_T: what a pair can say of it."""
-    picture = _one(image)
-    z_image = pipe.encode_image(picture)
-    x_T = invert_as_asked(pipe, picture, z_image, options)
-    return redraw(pipe, z_image, x_T, seed, **options)[0]
+    return redraw(pipe, *pair(pipe, as_picture(image), options), seed, **options)[0]
 
 
 def interpolate(
-    pipe: Pipe,
+    pipe: Stack,
     images: Sequence[Picture],
     frames: int = 9,
     *,
     fixed_noise: bool = False,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image]:
+) -> list[Image.Image]:
     """Pictures between pictures: z_image on the great circle, x_T too, or fixed (Section 3.2).
 
     So many frames from each picture to the next, both included; at the ends it is `reconstruct`.
@@ -177,30 +134,36 @@ def interpolate(
         raise ConfigError("1 picture: two or more are needed to go between")
     if frames < 2:
         raise ConfigError(f"frames = {frames}: at least 2, the first and the last picture")
-    z_image = pipe.encode_image(pictures)  # (n, D)
-    x_T = None if fixed_noise else invert_as_asked(pipe, pictures, z_image, options)
-    shares = torch.linspace(0, 1, frames)
-    z, drawn = [], []
-    for k in range(len(pictures) - 1):
-        for share in shares[min(k, 1) :]:  # a picture in the middle comes once
-            z.append(sphere.slerp(z_image[k], z_image[k + 1], share))
-            if x_T is not None:
-                a, b = x_T[k].flatten(), x_T[k + 1].flatten()
-                drawn.append(sphere.slerp(a, b, share).view_as(x_T[k]))
     first = as_seeds(seed, 1)
-    x_T = noise(pipe, first) if x_T is None else torch.stack(drawn)
-    return redraw(pipe, torch.stack(z), x_T, first * len(z), **options)
+    if fixed_noise:
+        z_image, x_T = pipe.encode_image(pictures), noise(pipe, first)
+    else:
+        z_image, ends = pair(pipe, pictures, options)
+        x_T = _between(ends, frames)
+    z = _between(z_image, frames)
+    return redraw(pipe, z, x_T, first * len(z), **options)
+
+
+def _between(ends: Tensor, frames: int) -> Tensor:
+    """So many on the great circle from each to the next. **Shapes**: (n, *) → (B, *)."""
+    shares = torch.linspace(0, 1, frames)
+    between = [
+        sphere.slerp(a, b, share)
+        for k, (a, b) in enumerate(pairwise(ends.flatten(1)))
+        for share in shares[min(k, 1) :]  # one in the middle comes once
+    ]
+    return torch.stack(between).view(-1, *ends.shape[1:])
 
 
 def text_diff(
-    pipe: Pipe,
+    pipe: Stack,
     image: Picture,
     target: str,
     source: str = "",
     strength: float | Sequence[float] = 0.35,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image]:
+) -> list[Image.Image]:
     """A picture turned towards what the target caption adds to the source's (Section 3.3).
 
     z_image goes the share `strength` of the way to the difference of the two captions' embeddings,
@@ -211,22 +174,20 @@ def text_diff(
     strengths = torch.tensor([strength] if isinstance(strength, int | float) else list(strength))
     if not len(strengths) or not bool(strengths.isfinite().all()):
         raise ConfigError(f"strength = {strength}: must be one or more finite numbers")
-    picture = _one(image)
-    z_image = pipe.encode_image(picture)  # (1, D)
+    z_image, x_T = pair(pipe, as_picture(image), options)  # (1, D), (1, 3, R, R)
     old, new = pipe.encode_text([source, target])  # (D,) each
     z = torch.cat([sphere.text_diff(z_image, old, new, float(s)) for s in strengths])
-    x_T = invert_as_asked(pipe, picture, z_image, options)
     return redraw(pipe, z, x_T, as_seeds(seed, 1) * len(z), **options)
 
 
 def mix(
-    pipe: Pipe,
+    pipe: Stack,
     parts: Sequence[Picture | Tensor],
     weights: Sequence[float] | None = None,
     n: int = 1,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image]:
+) -> list[Image.Image]:
     """Pictures of several pictures, texts and embeddings as one: the spherical mean of them.
 
     A string is a text and counts as what the prior makes of it; a picture's file is a `Path`. A
@@ -238,12 +199,10 @@ def mix(
         raise ConfigError("nothing to mix: name pictures, texts or embeddings")
     seeds, opts = as_seeds(seed, n), Options.of(options)
     texts = [part for part in parts if isinstance(part, str)]
-    images = [part for part in parts if isinstance(part, Image | Path | np.ndarray)]
-    of_text, of_image = iter(()), iter(())
-    if texts:
-        of_text = iter(pipe.text_to_embedding(texts, seed=seeds[0], options=_of_priors(opts)))
-    if images:
-        of_image = iter(pipe.encode_image(images))
+    images = [part for part in parts if isinstance(part, Image.Image | Path | np.ndarray)]
+    told: dict[str, Any] = {"seed": seeds[0], "options": opts.of_priors()}
+    of_text = iter(pipe.text_to_embedding(texts, **told) if texts else ())
+    of_image = iter(pipe.encode_image(images) if images else ())
     rows = []
     for part in parts:
         if isinstance(part, Tensor):
@@ -258,7 +217,7 @@ def mix(
 
 
 def inpaint(
-    pipe: Pipe,
+    pipe: Stack,
     image: Picture,
     mask: Picture | None = None,
     prompt: str | None = None,
@@ -268,7 +227,7 @@ def inpaint(
     *,
     repeats: int = 1,
     **options: Any,
-) -> list[Image]:
+) -> list[Image.Image]:
     """Pictures in which what is white in the mask is drawn anew, and the rest kept to the bit.
 
     Without a mask all of it is, and a `strength` below 1 starts from the picture with so much of
@@ -280,11 +239,11 @@ def inpaint(
     """
     if not 0 < strength <= 1:
         raise ConfigError(f"strength = {strength}: must be above 0, and at most 1")
-    picture, opts, seeds = _one(image), Options.of(options), as_seeds(seed, n)
+    picture, opts, seeds = as_picture(image), Options.of(options), as_seeds(seed, n)
+    decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
     kept = None
     if mask is not None:
-        kept = _kept(picture, mask, opts.size or pipe.sizes[-1])
-    decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
+        kept = _kept(picture, mask, opts.size or pipe.sizes[-1]).repeat(n, pipe.device)
     if strength < 1:
         levels = max(1, round(strength * decoder.diffusion.config.steps))
         x_0 = to_tensor(fit_square(picture, decoder.side)).expand(n, -1, -1, -1)
@@ -299,36 +258,20 @@ def inpaint(
     return list(drawn)
 
 
-def _kept(picture: Image, mask: Picture, side: int) -> Kept:
+def _kept(picture: Image.Image, mask: Picture, side: int) -> Kept:
     """What is black in a mask, of the picture as it is at that side."""
     if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
         mask = mask.astype(np.uint8) * 255
-    shape = _one(mask)
+    shape = as_picture(mask)
     if shape.size != picture.size:
         raise ConfigError(
             f"a mask of {shape.width} x {shape.height} for a picture of {picture.width} x "
             f"{picture.height}: they must have the same size"
         )
-    white = torch.from_numpy(np.asarray(shape.convert("L")) >= 128)  # (H, W)
+    longer = max(shape.size)
+    square = Image.new("L", (longer, longer))  # black around it, where `pad_to_square` is white
+    square.paste(shape.convert("L"), ((longer - shape.width) // 2, (longer - shape.height) // 2))
+    white = torch.from_numpy(np.asarray(square) >= 128)[None, None]  # (1, 1, H, H)
     if not bool(white.any()):
         raise ConfigError("the mask is black everywhere: paint what is to be drawn anew white")
-    longer = max(picture.size)
-    left, top = (longer - picture.width) // 2, (longer - picture.height) // 2
-    right, bottom = longer - picture.width - left, longer - picture.height - top
-    square = F.pad(white, (left, right, top, bottom))[None, None]  # as `pad_to_square`
-    square = square if longer == side else mask_at(square, side)
-    return Kept(to_tensor(fit_square(picture, side))[None], square)
-
-
-def _one(image: Picture) -> Image:
-    pictures = as_pictures(image)
-    if len(pictures) != 1:
-        raise ConfigError(f"{len(pictures)} pictures where one is expected")
-    return pictures[0]
-
-
-def _of_priors(opts: Options) -> Options:
-    """Of a decoder's options, those that embeddings of text have a use for."""
-    named = {key: value for key in BY_STAGE if isinstance(value := getattr(opts, key), dict)}
-    mine: dict[str, Any] = dict.fromkeys((*BY_STAGE, *DECODERS, "size", "tile", "eta")) | named
-    return replace(opts, candidates=1, **mine)
+    return Kept(to_tensor(fit_square(picture, side))[None], mask_at(white, side))

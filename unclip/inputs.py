@@ -84,6 +84,14 @@ def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Image.Image]:
     return [_picture(picture) for picture in several]
 
 
+def as_picture(picture: Picture | Sequence[Picture]) -> Image.Image:
+    """One picture, in RGB. **Raises**: as `as_pictures`, and `ConfigError` for several."""
+    pictures = as_pictures(picture)
+    if len(pictures) != 1:
+        raise ConfigError(f"{len(pictures)} pictures where one is expected")
+    return pictures[0]
+
+
 def _picture(picture: Any) -> Image.Image:
     if isinstance(picture, str | Path):
         return load_image(picture)

@@ -154,6 +154,13 @@ class Options:
             )
         return config.model_copy(update={"eta": 0.0})  # a stage's own is for its own sampler
 
+    def of_priors(self) -> Options:
+        """Of a decoder's options, those that embeddings of text have a use for."""
+        named = {key: value for key in BY_STAGE if isinstance(value := getattr(self, key), dict)}
+        gone = dict.fromkeys((*BY_STAGE, *DECODERS, "size", "tile", "eta"))
+        mine: dict[str, Any] = gone | named
+        return replace(self, candidates=1, **mine)
+
     def fresh(self, eta: float, stage: Stage) -> Options:
         """The same with this eta where none is given and the stage is sampled by DDIM."""
         if self.eta is not None or self.sampling(stage).sampler != "ddim":

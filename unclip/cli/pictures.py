@@ -103,7 +103,7 @@ def vary(
 ) -> None:
     """Make variations of a picture, or pictures of embeddings that `embed` wrote."""
     from unclip.data.embeddings import SUFFIXES, read_embeddings
-    from unclip.edit import invert_as_asked
+    from unclip.edit import pair
     from unclip.images import load_image
 
     picture = None if source.suffix in SUFFIXES else load_image(source)
@@ -117,8 +117,7 @@ def vary(
     making.writer.expect(n * len(keys))
     given: dict[str, Any] = {"options": making.options}
     if invert and picture is not None:
-        z_image = making.pipe.encode_image(picture)
-        given["x_T"] = invert_as_asked(making.pipe, picture, z_image, given)
+        z_image, given["x_T"] = pair(making.pipe, picture, given)
     how = {"image": picture} if z_image is None else {"z_image": z_image}
     pictures = making.pipe.iterate(n=n, seed=asked.seed, **how, **given)
     names = [f"{Path(key).stem} variation" for key in keys for _ in range(n)]

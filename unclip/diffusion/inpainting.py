@@ -42,7 +42,7 @@ class Kept:
 
     def repeat(self, n: int, device: torch.device) -> Kept:
         """One picture for n draws of it, where they are drawn."""
-        return Kept(*(x.expand(n, -1, -1, -1).to(device) for x in (self.pictures, self.mask)))
+        return Kept(*(x.to(device).expand(n, -1, -1, -1) for x in (self.pictures, self.mask)))
 
     def shown(self) -> Tensor:
         """What is kept, as `Cond.known` has it. **Shapes**: → (B, 4, S, S)."""
@@ -55,19 +55,19 @@ class Kept:
 
     def after(
         self, diffusion: GaussianDiffusion, generators: Sequence[torch.Generator]
-    ) -> Callable[[Tensor, int | None, slice], Tensor]:
+    ) -> Callable[[Tensor, int | None], Tensor]:
         """What to do after each step: put back what is kept, as noisy as x is there.
 
         The noise is drawn by each picture's own generator, one draw a step.
         """
 
-        def put_back(x: Tensor, t: int | None, rows: slice) -> Tensor:
-            known = self.pictures[rows]
+        def put_back(x: Tensor, t: int | None) -> Tensor:
+            known = self.pictures
             if t is not None:
-                noise = noise_of(generators[rows], x.shape[1:]).to(x.device)
+                noise = noise_of(generators, x.shape[1:]).to(x.device)
                 times = torch.full((len(x),), t, device=x.device)
                 known = diffusion.q_sample(known, times, noise)
-            return torch.where(self.mask[rows], x, known)
+            return torch.where(self.mask, x, known)
 
         return put_back
 

@@ -84,8 +84,7 @@ def drawers(
     every row. **Shapes**: z_train (M, D).
     """
     assert pipe.decoder is not None
-    network = pipe.decoder.network
-    side = network.config.resolution
+    network, side = pipe.decoder.network, pipe.decoder.side
     rows: dict[str, Draw] = {}
     real, z = group.real, group.z
     if real is not None:

@@ -31,13 +31,13 @@ def upscaling(
     """
     stages = pipe.upsamplers
     spans = [[stage] for stage in stages]
-    joined = (a.network.config.high == b.network.config.low for a, b in pairwise(stages))
+    joined = (a.side == b.low for a, b in pairwise(stages))
     if len(stages) > 1 and all(joined):
         spans.append(list(stages))
     scores: dict[str, Scores] = {}
     tiles: dict[str, list[Image.Image]] = {}
     for span in spans if count else ():
-        low, high = span[0].network.config.low, span[-1].network.config.high
+        low, high = span[0].low, span[-1].side
         cases = _enlarge(pipe, _Real(spec, high, count), low, high, kept)
         scores[f"{low} → {high}"] = mean_scores([case.scores() for case in cases])
         tiles[f"{low} → {high}"] = [

@@ -34,7 +34,7 @@ from unclip.interop.settings import (
     prior_config,
     upsampler_config,
 )
-from unclip.stages.kinds import build, kind_of
+from unclip.stages.kinds import build, kind_of, stage_name
 from unclip.stages.stage import Stage
 from unclip.stages.stored import StoredStage
 
@@ -67,7 +67,7 @@ def _prior(folder: Folder) -> StoredStage | None:
     if not folder.has(PRIOR, PRIOR_STEPS):
         return None
     config = prior_config(*folder.config(PRIOR))
-    stage = _stage(folder, "prior", config, PRIOR_STEPS)
+    stage = _stage(folder, config, PRIOR_STEPS)
     return StoredStage(stage, _renamed(folder, PRIOR, prior_names(config), stage), None, stage.name)
 
 
@@ -76,7 +76,7 @@ def _decoder(folder: Folder) -> StoredStage | None:
         return None
     (unet, where), (proj, where_proj) = folder.config(DECODER), folder.config(TEXT_PROJ)
     config = decoder_config(unet, proj, where, where_proj)
-    stage = _stage(folder, "decoder", config, DECODER_STEPS)
+    stage = _stage(folder, config, DECODER_STEPS)
     if stage.diffusion.config.learned_variance != config.learned_variance:
         raise CheckpointError(f"{where}: out_channels does not fit the scheduler's variance_type")
     # A raw scale has statistics too, which nothing reads and Karlo's files don't hold.
@@ -99,17 +99,17 @@ def _upsampler(folder: Folder) -> StoredStage | None:
     config = upsampler_config(first, low, where)
     if config != upsampler_config(last, low, where_last):
         raise CheckpointError(f"{where} and {where_last} describe different networks")
-    stage = _stage(folder, f"upsampler_{config.high}", config, UPSAMPLER_STEPS)
+    stage = _stage(folder, config, UPSAMPLER_STEPS)
     names = unet_names(config.unet)
     tensors, other = (_renamed(folder, part, names, stage) for part in (FIRST, LAST))
     return StoredStage(stage, tensors, other, stage.name)
 
 
-def _stage(folder: Folder, name: str, config: Config, steps: str) -> Stage:
+def _stage(folder: Folder, config: Config, steps: str) -> Stage:
     """A stage without weights; its steps and guidance are Karlo's, its bound is the scheduler's."""
     diffusion, bound = diffusion_config(*folder.config(steps, SCHEDULER))
     sampling = SamplingConfig(**SAMPLING[kind_of(config).name], clip=bound)
-    return Stage(name, build(config), GaussianDiffusion(diffusion), sampling)
+    return Stage(stage_name(config), build(config), GaussianDiffusion(diffusion), sampling)
 
 
 def _renamed(folder: Folder, part: str, names: Names, stage: Stage) -> Renamed:

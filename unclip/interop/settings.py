@@ -19,6 +19,7 @@ from unclip.models.decoder import DecoderConfig
 from unclip.models.prior import PriorConfig
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
+from unclip.stages.kinds import stage_name
 
 C = TypeVar("C", bound=Config)
 Theirs = dict[str, Any]
@@ -122,8 +123,7 @@ def prior_config(data: Mapping[str, Any], where: str) -> PriorConfig:
     """`PriorTransformer` to ours. **Raises**: `CheckpointError` naming what is not supported."""
     theirs = Settings(data, where)
     heads, per_head = theirs.get("num_attention_heads", 32), theirs.get("attention_head_dim", 64)
-    embed = theirs.get("embedding_dim", 768)
-    width = heads * per_head
+    width, embed = heads * per_head, theirs.get("embedding_dim", 768)
     same = {"time_embed_dim": width, "embedding_proj_dim": embed, "clip_embed_dim": embed}
     for key, value in same.items():
         theirs.get(key, None, [value, None])  # None stands for the same
@@ -149,9 +149,8 @@ def decoder_config(
     theirs, proj = Settings(unet, where), Settings(text_proj, where_text)
     out_channels = theirs.get("out_channels", among=[3, 6])
     theirs.get("class_embed_type", None, ["identity"])
-    width = theirs.get("cross_attention_dim")
+    width, resolution = theirs.get("cross_attention_dim"), theirs.get("sample_size")
     config = _unet(theirs, theirs.get("attention_head_dim"))
-    resolution = theirs.get("sample_size")
     theirs.close(DECODER_FIXED)
     image_tokens = proj.get("clip_extra_context_tokens", 4)
     proj.get("time_embed_dim", among=[config.embed])
@@ -299,7 +298,7 @@ def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
 def to_upsampler(config: UpsamplerConfig) -> Theirs:
     """`UNet2DModel`. **Raises**: `ConfigError` naming what it doesn't have."""
     _express(
-        f"upsampler_{config.high}",
+        stage_name(config),
         ("residual", config.residual, False),
         ("unet.patch", config.unet.patch, 1),
         ("unet.head", config.unet.head, None),

@@ -17,8 +17,8 @@ from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.config import Config
 from unclip.models.ar_prior import ArPrior
-from unclip.progress import Progress, steps_of
-from unclip.stages.stage import CHUNK_EMBEDDINGS, Stage
+from unclip.progress import steps_of
+from unclip.stages.stage import OWN_NOISE, PLAIN, Manner, Stage, Start, chunks
 
 
 class ArSamplingConfig(Config):
@@ -45,24 +45,22 @@ class ArStage(Stage):
     def draw(
         self,
         cond: Cond,
-        shape: tuple[int, ...],
         config: Any,
         generators: Sequence[torch.Generator],
         *,
         null_text: TextEncoding | None = None,
         negative: Cond | None = None,
-        progress: Progress = False,
-        **others: Any,
+        start: Start = OWN_NOISE,
+        how: Manner = PLAIN,
     ) -> Tensor:
-        """One embedding for each generator; see `sample_autoregressive`.
+        """One embedding for each generator; see `sample_autoregressive`. No `start` has an effect.
 
         **Shapes**: cond and negative have B rows of text, null_text one; generators B → (B, D).
         """
-        starts = range(0, len(generators), CHUNK_EMBEDDINGS)
-        parts, total = [], self.config.components * len(starts)
-        with steps_of(self.name, total, progress) as step_done:
-            for start in starts:
-                rows = slice(start, start + CHUNK_EMBEDDINGS)
+        parts, together = [], chunks(len(generators), self.shape, cond.device)
+        steps = self.config.components * len(together)
+        with steps_of(self.name, steps, how.progress) as step_done:
+            for rows in together:
                 own = cond.rows(rows)
                 away = own.null(null_text) if negative is None else negative.rows(rows)
                 parts.append(
@@ -71,9 +69,6 @@ class ArStage(Stage):
                     )
                 )
         return torch.cat(parts)
-
-    def _process(self) -> dict[str, Any] | None:
-        return None
 
 
 @torch.no_grad()

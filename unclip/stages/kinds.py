@@ -19,53 +19,34 @@ from unclip.models.upsampler import Upsampler, UpsamplerConfig
 @dataclass(frozen=True)
 class Kind:
     """What stages of a kind are: configuration and network; by configuration, the shape of what
-    they draw and the words that say so."""
+    they draw and, in `says`, the words for that."""
 
     name: str
     config: type[Config]
     network: type[nn.Module]
     shape: Callable[[Any], tuple[int, ...]]
-    words: Callable[[Any], str]
+    says: str
+
+    def words(self, config: Config) -> str:
+        """What a stage of this configuration draws."""
+        return self.says.format(**dict(config))
+
+
+def _vector(config: Any) -> tuple[int, ...]:
+    return (config.embed,)
 
 
 def _picture(side: int) -> tuple[int, ...]:
     return 3, side, side
 
 
-# In the order of the stack.
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "prior",
-            PriorConfig,
-            DiffusionPrior,
-            lambda config: (config.embed,),
-            lambda config: f"{config.embed} wide",
-        ),
-        Kind(
-            "ar_prior",
-            ArPriorConfig,
-            ArPrior,
-            lambda config: (config.embed,),
-            lambda config: f"{config.embed} wide, in {config.components} x {config.buckets}",
-        ),
-        Kind(
-            "decoder",
-            DecoderConfig,
-            Decoder,
-            lambda config: _picture(config.resolution),
-            lambda config: f"{config.resolution} px",
-        ),
-        Kind(
-            "upsampler",
-            UpsamplerConfig,
-            Upsampler,
-            lambda config: _picture(config.high),
-            lambda config: f"{config.low} → {config.high} px",
-        ),
-    )
-}
+ROWS = (  # in the order of the stack
+    Kind("prior", PriorConfig, DiffusionPrior, _vector, "{embed} wide"),
+    Kind("ar_prior", ArPriorConfig, ArPrior, _vector, "{embed} wide, in {components} x {buckets}"),
+    Kind("decoder", DecoderConfig, Decoder, lambda c: _picture(c.resolution), "{resolution} px"),
+    Kind("upsampler", UpsamplerConfig, Upsampler, lambda c: _picture(c.high), "{low} → {high} px"),
+)
+KINDS = {kind.name: kind for kind in ROWS}
 
 
 def kind_of(config: Config) -> Kind:

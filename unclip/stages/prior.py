@@ -6,6 +6,7 @@ B captions, D CLIP embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -40,36 +41,50 @@ def check_prior(name: str, drawn: Stage | None, decoder: Stage | None) -> None:
         raise ConfigError("prior = 'none' leaves only the caption, which this decoder can't read")
 
 
-@torch.no_grad()
-def draw_embeddings(
-    prior: Stage | None,
-    text: TextEncoding,
-    generators: Sequence[torch.Generator],
-    candidates: int,
-    draw: Draw,
-    negative: TextEncoding | None = None,
-    by: str = "diffusion",
-) -> Tensor:
-    """Draw several z_image for each caption and keep the one closest to its z_text.
+@dataclass(frozen=True)
+class FromText:
+    """How captions become z_image: `by` is a `PriorName`, `prior` the stage for that.
 
-    The first candidate is drawn by the picture's own generator, the others by ones derived from its
-    seed. Guidance leads away from `negative` where it is given. Where `by` says that nothing is
-    drawn, there is one z_image for a caption: the draft, or z_text itself.
-
-    **Shapes**: text and negative of B captions, B generators → (B, D) raw.
+    Of several `candidates` for each caption the one closest to its z_text is kept. Guidance leads
+    away from `negative`, one text, where it is given. Where `by` says that nothing is drawn, there
+    is one z_image for a caption: the draft, or z_text itself.
     """
-    if by not in DRAWN:
-        z_text = text.embed.float()
-        if by != "draft" or prior is None:
-            return z_text
-        return prior.embeddings(prior.network.drafted(z_text).float())
-    assert prior is not None
-    several = [g for own in generators for g in _candidates(own, candidates)]
-    texts = text.repeat(candidates)
-    away = None if negative is None else Cond(text=negative.repeat(candidates))
-    z = prior.embeddings(draw(prior, Cond(text=texts), several, negative=away))  # (B n, D)
-    score = cosine_similarity(z, texts.embed.float()).view(-1, candidates)  # (B, n)
-    return z[torch.arange(len(score), device=z.device) * candidates + score.argmax(1)]  # (B, D)
+
+    by: str
+    prior: Stage | None
+    candidates: int
+    draw: Draw
+    negative: TextEncoding | None = None
+
+    @torch.no_grad()
+    def __call__(self, text: TextEncoding, generators: Sequence[torch.Generator]) -> Tensor:
+        """The first candidate is drawn by the picture's own generator, the others by ones derived
+        from its seed. **Shapes**: B captions, B generators → (B, D) raw.
+        """
+        if self.by not in DRAWN:
+            z_text = text.embed.float()
+            if self.by != "draft" or self.prior is None:
+                return z_text
+            return self.prior.embeddings(self.prior.network.drafted(z_text).float())
+        assert self.prior is not None
+        count = self.candidates
+        several = [g for own in generators for g in _candidates(own, count)]
+        texts, away = text.repeat(count), None
+        if self.negative is not None:
+            away = Cond(text=self.negative.repeat(len(several)))
+        drawn = self.draw(self.prior, Cond(text=texts), several, negative=away)
+        z = self.prior.embeddings(drawn)  # (B n, D)
+        score = cosine_similarity(z, texts.embed.float()).view(-1, count)  # (B, n)
+        return z[torch.arange(len(score), device=z.device) * count + score.argmax(1)]  # (B, D)
+
+    def unwanted(self, generators: Sequence[torch.Generator]) -> Cond | None:
+        """What a decoder is guided away from: the negative text and what becomes of it by the same
+        noise. For the same text that is the same embedding, because neither is guided then."""
+        if self.negative is None:
+            return None
+        anew = [torch.Generator().manual_seed(own.initial_seed()) for own in generators]
+        text = self.negative.repeat(len(anew))
+        return Cond(image_embed=self(text, anew), text=text)
 
 
 def _candidates(own: torch.Generator, count: int) -> list[torch.Generator]:

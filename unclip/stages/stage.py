@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from unclip.clip.fingerprint import Fingerprint
 from unclip.conditioning import Cond, TextEncoding
 from unclip.diffusion.guidance import Guided
+from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig, denoise
 from unclip.diffusion.tiling import Tiled
@@ -22,33 +23,60 @@ from unclip.models.layers import statistics
 from unclip.progress import Progress, steps_of
 from unclip.randomness import noise_of
 from unclip.stages.kinds import kind_of
+from unclip.stages.resident import resident
 
 # Pictures that go through a network together on a CPU, as many as its caches bear: 16 at 64 px, one
 # from 256 px up. An accelerator takes four times as many.
 CHUNK_PIXELS = 2**16
 CHUNK_EMBEDDINGS = 64
 
-AfterRows = Callable[[Tensor, int | None, slice], Tensor]  # see `Stage.draw`
 Preview = Callable[[str, slice, Tensor], object]  # see `Options`
 
 
-class Draw(Protocol):
-    """How a stage is drawn from by whoever holds the options: one sample for each generator."""
+@dataclass(frozen=True)
+class Start:
+    """What samples start from where it is not noise of their own, and what is kept of them.
 
-    def __call__(
-        self, stage: Stage, cond: Cond, generators: Sequence[torch.Generator], /, **more: Any
-    ) -> Tensor:
-        """`more` are `Stage.draw`'s negative, x_T, after, levels and repeats."""
+    `x_T` stands at timestep levels - 1, at the noisiest where that is None. Of `kept`, which may be
+    of another size, the rest is drawn, with `repeats` turns a step (see `denoise`).
+
+    **Shapes**: x_T (B, 3, R, R) and B rows of `kept` for B samples.
+    """
+
+    x_T: Tensor | None = None
+    levels: int | None = None
+    kept: Kept | None = None
+    repeats: int = 1
+
+    def rows(self, index: slice) -> Start:
+        """The same for the chosen samples."""
+        x_T = None if self.x_T is None else self.x_T[index]
+        return replace(self, x_T=x_T, kept=None if self.kept is None else self.kept.rows(index))
 
 
-def together(shape: Sequence[int], device: torch.device) -> int:
-    """How many samples of this shape go through a network together."""
-    return CHUNK_EMBEDDINGS if len(shape) == 1 else chunk_size(shape[-1], device)
+@dataclass(frozen=True)
+class Manner:
+    """How a stage is run, whatever it draws.
+
+    The network computes in `dtype`; `tile` runs an upsampler on tiles of that many pixels where the
+    picture is larger. `progress` and `preview` are told of each step (see `Options`).
+    """
+
+    dtype: torch.dtype = torch.float32
+    tile: int | None = None
+    progress: Progress = False
+    preview: Preview | None = None
 
 
-def chunk_size(side: int, device: torch.device) -> int:
-    """How many pictures of this side go through a network together."""
-    return max(1, CHUNK_PIXELS * (1 if device.type == "cpu" else 4) // side**2)
+OWN_NOISE, PLAIN = Start(), Manner()
+
+
+def chunks(count: int, shape: Sequence[int], device: torch.device) -> list[slice]:
+    """Which of so many samples of this shape go through a network together."""
+    size = CHUNK_EMBEDDINGS
+    if len(shape) > 1:
+        size = max(1, CHUNK_PIXELS * (1 if device.type == "cpu" else 4) // shape[-1] ** 2)
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 @dataclass
@@ -112,11 +140,10 @@ class Stage:
         *,
         null_text: TextEncoding | None = None,
         negative: Cond | None = None,
-        dtype: torch.dtype = torch.float32,
-        tile: int | None = None,
+        how: Manner = PLAIN,
     ) -> Guided:
         """The network's guesses of x_0 under these conditions; see `draw`."""
-        network, last = self.network, self.last
+        network, last, tile = self.network, self.last, how.tile
         if tile is not None and cond.low_res is not None and tile < cond.low_res.shape[-1]:
             network, last = Tiled(network, tile), last and Tiled(last, tile)
         return Guided(
@@ -127,64 +154,52 @@ class Stage:
             null_text=null_text,
             negative=negative,
             last=last,
-            dtype=dtype,
+            dtype=how.dtype,
         )
 
     def draw(
         self,
         cond: Cond,
-        shape: tuple[int, ...],
         config: SamplingConfig,
         generators: Sequence[torch.Generator],
         *,
         null_text: TextEncoding | None = None,
         negative: Cond | None = None,
-        x_T: Tensor | None = None,
-        after: AfterRows | None = None,
-        levels: int | None = None,
-        repeats: int = 1,
-        dtype: torch.dtype = torch.float32,
-        tile: int | None = None,
-        progress: Progress = False,
-        preview: Preview | None = None,
+        start: Start = OWN_NOISE,
+        how: Manner = PLAIN,
     ) -> Tensor:
         """One sample for each generator, in chunks; a sample's chunk-mates don't change it.
 
         Guidance leads away from `negative` or, without one, from no condition. The trajectory is
-        float32; the network computes in `dtype`. `after(x, t, rows)` may put other x in the place
-        of those rows of the batch that a step has led to timestep t, None for x_0. `levels` and
-        `repeats` are `denoise`'s. `tile` runs an upsampler on tiles of that many pixels where the
-        picture is larger. `preview` is told after each step what it takes those rows for.
+        float32, whatever the network computes in.
 
-        **Shapes**: cond and negative have B rows, null_text one; shape is that of one sample;
-        generators B; x_T (B, *shape) replaces the noise that these would draw → (B, *shape).
+        **Shapes**: cond and negative have B rows, null_text one; generators B → (B, D), or (B, 3,
+        H, W) of the decoder's size or the size of low_res.
         """
-        chunk = together(shape, cond.device)
-        starts = range(0, len(generators), chunk)
-        total = config.steps * len(starts)
-        parts = []
-        with steps_of(self.name, total, progress) as step_done:
-            for start in starts:
-                rows = slice(start, start + chunk)
+        shape = self.shape if cond.low_res is None else cond.low_res.shape[1:]
+        parts, together = [], chunks(len(generators), shape, cond.device)
+        kept = None if start.kept is None else start.kept.at(self.side)
+        with steps_of(self.name, config.steps * len(together), how.progress) as step_done:
+            for rows in together:
+                own = generators[rows]
                 guess = self.guess(
                     cond.rows(rows),
                     config,
                     null_text=null_text,
                     negative=None if negative is None else negative.rows(rows),
-                    dtype=dtype,
-                    tile=tile,
+                    how=how,
                 )
-                own = generators[rows]
-                x = noise_of(own, shape) if x_T is None else x_T[rows]
+                x = noise_of(own, shape) if start.x_T is None else start.x_T[rows]
                 x = x.to(cond.device, torch.float32)
-                enter = None if after is None else _in_rows(after, rows)
+                after = None if kept is None else kept.rows(rows).after(self.diffusion, own)
+                levels, repeats = start.levels, start.repeats
                 for step in denoise(
-                    guess, self.diffusion, config, x, own, enter, levels=levels, repeats=repeats
+                    guess, self.diffusion, config, x, own, after, levels=levels, repeats=repeats
                 ):
                     x = step.x
                     step_done()
-                    if preview is not None:
-                        preview(self.name, rows, step.x0)
+                    if how.preview is not None:
+                        how.preview(self.name, rows, step.x0)
                 parts.append(x)
         return torch.cat(parts)
 
@@ -194,14 +209,11 @@ class Stage:
         return {
             "kind": self.kind,
             "model": self.config.model_dump(mode="json"),
-            "diffusion": self._process(),
+            "diffusion": self.diffusion and self.diffusion.config.model_dump(mode="json"),
             "sampling": self.sampling.model_dump(mode="json"),
             "clip": self.encoder.model_dump(mode="json") if self.encoder else None,
             **({"power": power} if power else {}),
         }
-
-    def _process(self) -> dict[str, Any] | None:
-        return self.diffusion.config.model_dump(mode="json")
 
     def save(
         self,
@@ -218,5 +230,33 @@ class Stage:
             write_tensors(folder / self.name / WEIGHTS_LAST, last, dtype, exact)
 
 
-def _in_rows(after: AfterRows, rows: slice) -> Callable[[Tensor, int | None], Tensor]:
-    return lambda x, t: after(x, t, rows)
+@dataclass(frozen=True)
+class Draw:
+    """How a call draws from any of its stages, whose weights are on `device` while they are at
+    work: `sampling` by their names, `null_text` for those that are told a text."""
+
+    sampling: Mapping[str, SamplingConfig]
+    null_text: Callable[[], TextEncoding | None]
+    device: torch.device
+    how: Manner
+
+    def __call__(
+        self,
+        stage: Stage,
+        cond: Cond,
+        generators: Sequence[torch.Generator],
+        negative: Cond | None = None,
+        start: Start = OWN_NOISE,
+    ) -> Tensor:
+        """One sample for each generator; see `Stage.draw`."""
+        null_text = None if cond.text is None else self.null_text()
+        with resident([stage.network, stage.last], self.device):
+            return stage.draw(
+                cond,
+                self.sampling[stage.name],
+                generators,
+                null_text=null_text,
+                negative=negative,
+                start=start,
+                how=self.how,
+            )

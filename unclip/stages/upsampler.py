@@ -14,7 +14,7 @@ from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept
 from unclip.errors import ConfigError
 from unclip.images import resize
-from unclip.stages.stage import Draw, Stage, together
+from unclip.stages.stage import Draw, Stage, Start, chunks
 
 
 def route(upsamplers: Sequence[Stage], low: int, high: int) -> list[Stage] | None:
@@ -45,23 +45,6 @@ def way_up(
     return next((low, r) for low in lows if low < goal and (r := route(upsamplers, low, goal)))
 
 
-def enlarge(
-    chosen: Sequence[Stage],
-    x: Tensor,
-    generators: Sequence[torch.Generator],
-    draw: Draw,
-    kept: Kept | None = None,
-) -> Tensor:
-    """Send pictures through upsamplers; of what is kept, B rows, each draws the rest.
-
-    **Shapes**: x (B, 3, R, R) → (B, 3, R', R').
-    """
-    for stage in chosen:
-        after = None if kept is None else kept.at(stage.side).after(stage.diffusion, generators)
-        x = draw(stage, Cond(low_res=resize(x, stage.side)), generators, after=after).clamp(-1, 1)
-    return x
-
-
 def enlarged(
     chosen: Sequence[Stage],
     x: Tensor,
@@ -69,11 +52,20 @@ def enlarged(
     draw: Draw,
     kept: Kept | None = None,
 ) -> Iterator[Tensor]:
-    """The same picture by picture, as soon as the last upsampler has drawn them: of large pictures
-    only those are in memory that it takes together."""
-    x = enlarge(chosen[:-1], x, generators, draw, kept)
-    chunk = together(chosen[-1].shape, x.device) if chosen else len(x)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
-        own = None if kept is None else kept.rows(rows)
-        yield from enlarge(chosen[-1:], x[rows], generators[rows], draw, own)
+    """Pictures after these upsamplers, each as soon as the last one has drawn it: of large pictures
+    only those are in memory that it takes together. What is kept is put back to the bit.
+
+    **Shapes**: x (B, 3, R, R), kept B rows → (3, R', R') B times.
+    """
+
+    def through(stages: Sequence[Stage], x: Tensor, rows: slice) -> Tensor:
+        start = Start(kept=None if kept is None else kept.rows(rows))
+        for stage in stages:
+            cond = Cond(low_res=resize(x, stage.side))
+            x = draw(stage, cond, generators[rows], start=start).clamp(-1, 1)
+        return x
+
+    x = through(chosen[:-1], x, slice(None))
+    for rows in chunks(len(x), chosen[-1].shape if chosen else x.shape[1:], x.device):
+        larger = through(chosen[-1:], x[rows], rows)
+        yield from larger if kept is None else kept.rows(rows).at(larger.shape[-1]).paste(larger)

@@ -125,7 +125,7 @@ class DecoderTask(StageTask):
         images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
         cond = told_of(self.clip, self.stage, images, captions)
-        out = self.drawn(model, cond, self.stage.shape)
+        out = self.drawn(model, cond)
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=len(images))
 

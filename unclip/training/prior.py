@@ -77,7 +77,7 @@ class PairsTask(StageTask):
         images, captions = self.shown.first(64)
         z_image = self.clip.encode_image(images)
         cond = Cond(text=self.clip.encode_text(captions[:PREVIEWS]))
-        z = self.stage.embeddings(self.drawn(model, cond, self.stage.shape))
+        z = self.stage.embeddings(self.drawn(model, cond))
         similar = cosine_similarity(z[:, None], z_image[None], dim=-1)
         near = similar.topk(min(4, len(images)), dim=1).indices
         rows = [[k, *near[k].tolist()] for k in range(len(z))]

@@ -123,12 +123,12 @@ class StageTask:
                 chosen[f"drop_{what}"] = dropped.to(cond.device, non_blocking=True)
         return cond.drop(self.clip.null_text, **chosen)
 
-    def drawn(self, model: Any, cond: Cond, shape: tuple[int, ...]) -> Tensor:
+    def drawn(self, model: Any, cond: Cond) -> Tensor:
         """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
         generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
         null_text = None if self.stage.encoder is None else self.clip.null_text
         drawing = replace(self.stage, network=model)
-        return drawing.draw(cond, shape, self.stage.sampling, generators, null_text=null_text)
+        return drawing.draw(cond, self.stage.sampling, generators, null_text=null_text)
 
 
 def train(

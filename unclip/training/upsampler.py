@@ -28,6 +28,7 @@ from unclip.errors import ConfigError
 from unclip.images import grid, resize, to_pil
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.sources import Source
+from unclip.stages.stage import Start
 from unclip.training.fit import TrainConfig
 from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, told_of, train
 
@@ -154,12 +155,10 @@ class Redrawn:
         )
         drawn = self.decoder.draw(
             told_of(self.clip, self.decoder, batch.images[own], captions),
-            self.decoder.shape,
             config,
             [torch.Generator() for _ in rows],
             null_text=self.clip.null_text,
-            x_T=process.q_sample(x0, t, noise),
-            levels=level + 1,
+            start=Start(process.q_sample(x0, t, noise), level + 1),
         )
         return low.index_copy(0, own, drawn.to(low.dtype))
 
@@ -186,7 +185,7 @@ class UpsamplerTask(StageTask):
         real = images[..., corner : corner + side, corner : corner + side]
         low = resize(resize(real, side * self.run.model.low // self.run.model.high), side)
         cond = Cond(low_res=low.to(next(model.parameters()).device))
-        out = self.drawn(model, cond, tuple(real.shape[1:]))
+        out = self.drawn(model, cond)
         return grid([to_pil(x) for x in torch.cat([low, out.cpu(), real])], columns=len(real))
 
 
