@@ -65,7 +65,7 @@ def test_activations_are_those_of_a_real_step(path: str, checkpointing: bool) ->
     model = counting.with_checkpointing(run.model.model_dump(), checkpointing)
     run = run.model_copy(update={"model": type(run.model).model_validate(model)})
     predicted = step_needs(run, 4, checkpointing).peak
-    exact = 0.003 if computes_in_bf16(torch.device("cpu")) else 0.1
+    exact = 0.003 if computes_in_bf16(torch.device("cpu")) else 0.15
     assert predicted == pytest.approx(measured_peak(run, 4), rel=0.2 if checkpointing else exact)
 
 
