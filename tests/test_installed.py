@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from test_clip_aids import sentences  # noqa: F401  (a fixture)
 
 from unclip.cli import evaluation
 from unclip.config import load_config, read_yaml
 from unclip.errors import CheckpointError, ConfigError
 from unclip.evaluation.experiments import EXPERIMENTS
+from unclip.evaluation.scores import ranks
+from unclip.pipeline import UnCLIP
 from unclip.shipped import configurations, located
 from unclip.sources import Source
+from unclip.stages.prior import PriorName
 from unclip.train import STAGES
 from unclip.training import new
 from unclip.training.trainers import TRAINERS, trained_by
@@ -49,6 +53,16 @@ def test_torchvision_can_be_imported_where_unclip_is_but_not_installed() -> None
     code = "import unclip, torchvision.transforms.v2, torch; torch.ops.torchvision.nms; print(1)"
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("prior", ["diffusion", "ar"])
+def test_both_shipped_priors_answer_captions(prior: PriorName) -> None:
+    names = ["red apple", "panda", "rocket", "house", "umbrella", "red heart", "pizza", "snake"]
+    captions = [f"a {name} emoji in noto style" for name in names]
+    pipe = UnCLIP.from_pretrained(ROOT / "weights/emoji")
+    z_image = pipe.text_to_embedding(captions, seed=0, prior=prior)
+    z_text = pipe.clip.encode_text(captions).embed
+    assert ranks(z_image, z_text, torch.arange(len(names))).tolist() == [0] * len(names)
 
 
 def test_configurations_are_named_wherever_we_are(
