@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from unclip.inputs import Picture, as_embeddings, as_picture, as_pictures, as_se
 from unclip.options import Options
 from unclip.progress import Progress
 from unclip.randomness import noise_of
-from unclip.stack import Stack
+from unclip.stack import AnyStack, Stack
 from unclip.stages import decoder as decoders
 from unclip.stages.resident import resident
 from unclip.stages.stage import Manner, Start
@@ -34,10 +34,7 @@ from unclip.stages.stage import Manner, Start
 STEPS = 50  # of an inversion and of the way back, unless asked for others
 
 
-P = TypeVar("P", bound=Stack)
-
-
-def exact(pipe: P) -> P:
+def exact(pipe: AnyStack) -> AnyStack:
     """A model that draws as inverted noise wants it: DDIM, eta 0, no guidance, nothing clipped."""
     return pipe.with_decoder_sampling(decoders.exact(STEPS))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,8 @@ from unclip.stages.decoder import started
 from unclip.stages.prior import FromText, check_prior
 from unclip.stages.stage import Draw, Manner, Stage, Start
 from unclip.stages.upsampler import enlarged, route, way_up
+
+AnyStack = TypeVar("AnyStack", bound="Stack")
 
 
 class Stack:
@@ -90,7 +92,7 @@ class Stack:
         """Raw CLIP image embeddings of pictures, padded to squares. **Shapes**: → (B, D)."""
         return self.reader.images(images)
 
-    def with_decoder_sampling(self, sampling: SamplingConfig) -> Self:
+    def with_decoder_sampling(self: AnyStack, sampling: SamplingConfig) -> AnyStack:
         """The same model with other defaults for drawing from its decoder."""
         other = copy(self)
         other.decoder = replace(self.need("decoder", "pictures"), sampling=sampling)
