@@ -140,7 +140,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             max(run.costs[name].peak for run in runs),
             counted.costs[name].flops,
         )
-    steps = {stage.name: stage.sampling.steps for stage in pipe.stages}
+    drawn = [stage for stage in pipe.stages if stage.diffusion is not None]
+    steps = {stage.name: stage.sampling.steps for stage in drawn}
     return {
         "model": str(given.model),
         "size": given.size or pipe.sizes[-1],

@@ -116,10 +116,9 @@ def test_a_model_without_a_prior_says_what_it_can_do(
     shipped = default_model()
     index = json.loads((shipped / "unclip.json").read_text())
     (tmp_path / "half").mkdir()
+    index["stages"] = [stage for stage in index["stages"] if not stage.endswith("prior")]
     for stage in index["stages"]:
-        if stage != "prior":
-            (tmp_path / "half" / stage).symlink_to((shipped / stage).absolute())
-    index["stages"].remove("prior")
+        (tmp_path / "half" / stage).symlink_to((shipped / stage).absolute())
     (tmp_path / "half" / "unclip.json").write_text(json.dumps(index))
     page = opened(browser)
     page.goto(url)
