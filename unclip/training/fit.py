@@ -131,24 +131,16 @@ def fit(
     each step, without end. `begin` prepares the model of a run that starts from nothing, where it
     will train; the first process does that, and wrapping the model gives all of them what is there.
     `held_out` says what the averaged model makes of data that it is not trained on, beside each
-    preview and as that on every process.
-    SIGTERM, SIGUSR1 or SIGINT saves after the current step and returns.
+    preview and as that on every process. SIGTERM, SIGUSR1 or SIGINT saves after the current step
+    and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    run = Path(config.out)
-    with locked(accelerator, run), full_disk_explained(run):
+    with locked(accelerator, run := Path(config.out)), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
-        task.model.to(accelerator.device)
-        if newest is None and config.init is not None:
-            task.start_from(config.init)
-        elif newest is None and begin is not None:
-            on_main(accelerator, begin)
-        task.model.train()
-        if config.compile:
-            task.model.compile()  # in place: keys keep their names
+        _make_ready(task, config, accelerator, newest, begin)
         spread = accelerator.num_processes > 1 and sharding.asked()
         wrap = sharding.shard if spread else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
@@ -167,12 +159,10 @@ def fit(
             tracker=config.tracker,
             settings=flat(resolved.model_dump(mode="json")),
         )
-        if newest is not None:
-            log.say(f"resumed from {newest}")
-        if config.precision == "auto":
-            log.say(f"train.precision = auto is {log.precision} on this machine")
-        if spread:
-            log.say(sharding.told(accelerator.num_processes))
+        for line in _said(
+            config, newest, log.precision, accelerator.num_processes if spread else 1
+        ):
+            log.say(line)
         trainer = _Trainer(task, wrapped, config, state, log, accelerator, held_out)
         try:
             with stop_signal() as stopped:
@@ -185,6 +175,34 @@ def fit(
         saved = trainer.saved or newest
         assert saved is not None, "steps >= 1 always ends in a checkpoint"
         return saved
+
+
+def _make_ready(
+    task: Task,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    newest: Path | None,
+    begin: Callable[[], None] | None,
+) -> None:
+    """The model where it will train, with what a run that starts from nothing begins with."""
+    task.model.to(accelerator.device)
+    if newest is None and config.init is not None:
+        task.start_from(config.init)
+    elif newest is None and begin is not None:
+        on_main(accelerator, begin)
+    task.model.train()
+    if config.compile:
+        task.model.compile()  # in place: keys keep their names
+
+
+def _said(config: TrainConfig, newest: Path | None, precision: str, shares: int) -> Iterator[str]:
+    """What a run says of itself before it starts; `shares` is over how many it is spread."""
+    if newest is not None:
+        yield f"resumed from {newest}"
+    if config.precision == "auto":
+        yield f"train.precision = auto is {precision} on this machine"
+    if shares > 1:
+        yield sharding.told(shares)
 
 
 @dataclass
