@@ -26,10 +26,7 @@ def normal(seed: int, purpose: str, ids: Sequence[int] | Tensor, shape: Sequence
 
     **Shapes**: ids (B,), shape (...) → (B, ...), float32 on the CPU.
     """
-    noise = torch.empty(len(ids), *shape)
-    for row, i in zip(noise, ids, strict=True):
-        row.normal_(generator=generator(seed, purpose, int(i)))  # in place: nothing is copied
-    return noise
+    return noise_of([generator(seed, purpose, int(i)) for i in ids], shape)
 
 
 def uniform(
@@ -56,7 +53,10 @@ def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Ten
 
     **Shapes**: B generators, shape (...) → (B, ...), float32 on the CPU.
     """
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    noise = torch.empty(len(generators), *shape)
+    for row, own in zip(noise, generators, strict=True):
+        row.normal_(generator=own)  # in place: nothing is copied
+    return noise
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
