@@ -61,7 +61,7 @@ def invert(
     cond = Cond(image_embed=z.to(pipe.device), text=text)
     how = Manner(pipe.dtype, progress=progress)
     with resident([decoder.network], pipe.device):
-        return decoders.noise_of(decoder, x, cond, steps, how)
+        return decoders.inverted(decoder, x, cond, steps, how)
 
 
 def pair(

@@ -56,7 +56,7 @@ def started(
     return start
 
 
-def noise_of(decoder: Stage, x: Tensor, cond: Cond, steps: int, how: Manner) -> Tensor:
+def inverted(decoder: Stage, x: Tensor, cond: Cond, steps: int, how: Manner) -> Tensor:
     """x_T of pictures under the conditions that they will be drawn with, without guidance.
 
     **Shapes**: x (B, 3, R, R) in [-1, 1], cond B rows → (B, 3, R, R).
