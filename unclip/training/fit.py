@@ -138,11 +138,12 @@ def fit(
     is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
     `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
     """
-    with locked(accelerator, run := Path(config.out)), full_disk_explained(run):
+    run = Path(config.out)
+    with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
         _make_ready(task, config, accelerator, newest, begin)
-        spread = accelerator.num_processes > 1 and sharding.asked()
-        wrap = sharding.shard if spread else Accelerator.prepare_model
+        shares = accelerator.num_processes if sharding.asked() else 1
+        wrap = sharding.shard if shares > 1 else Accelerator.prepare_model
         wrapped = wrap(accelerator, task.model)
         optimizer = build_optimizer(
             task.model, config.optimizer, config.lr, config.betas, config.eps, config.weight_decay
@@ -159,9 +160,7 @@ def fit(
             tracker=config.tracker,
             settings=flat(resolved.model_dump(mode="json")),
         )
-        for line in _said(
-            config, newest, log.precision, accelerator.num_processes if spread else 1
-        ):
+        for line in _said(config, newest, log.precision, shares):
             log.say(line)
         trainer = _Trainer(task, wrapped, config, state, log, accelerator, held_out)
         try:
