@@ -32,6 +32,7 @@ from unclip.training.upsampler import train_upsampler
 STEPS = ["train.steps=2", "train.save_every=2", "train.sample_every=2", "train.log_every=1"]
 TRAIN: dict[str, Callable[..., Any]] = {
     "decoder": train_decoder,
+    "adversary": train_decoder,
     "prior": train_prior,
     "blur": train_upsampler,
     "bsr": train_upsampler,
@@ -58,6 +59,8 @@ def configured(what: str, clip: str, out: Path, precision: str) -> Any:
         more += ["jitter=0.1", "perceptual=0.1", "train.accumulate=2", "model.unet.multiple=[1, 2]"]
         more += ["model.unet.attention=[false, true]"]
         return tiny("decoder", clip, *common, *more)
+    if what == "adversary":
+        return tiny("decoder", clip, *common, "adversary={share: 0.5}")
     if what == "prior":
         return tiny("prior", clip, *common, "model.draft={width: 32}")
     return tiny("upsampler_64", clip, *common, f"degradation={what}", "degraded=1")

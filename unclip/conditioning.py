@@ -101,7 +101,7 @@ class Cond:
             return torch.ones(len(self), dtype=torch.bool, device=self.device)
         return self.keep_image
 
-    def rows(self, index: slice) -> Cond:
+    def rows(self, index: Tensor | slice) -> Cond:
         """The chosen rows, before `model.prepare`."""
         assert self.cache is None, "choose rows before model.prepare"
         parts: dict[str, Any] = {}

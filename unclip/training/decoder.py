@@ -29,6 +29,15 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.images import grid, resize, to_pil
 from unclip.models.decoder import DecoderConfig
+from unclip.training.adversary import (
+    AdversaryConfig,
+    Contested,
+    Critic,
+    Drawn,
+    Together,
+    drawn_to,
+    parted,
+)
 from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig
@@ -54,7 +63,7 @@ class DecoderRun(Config):
     them, in training only: the embedding says what was done, so that nothing of it comes back
     unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (see
     `perceived`). `lora`: only low-rank changes of that rank are trained, of the decoder in
-    `train.init`.
+    `train.init`. `adversary` lets a critic judge what the decoder draws by itself.
     """
 
     clip: Place
@@ -66,6 +75,7 @@ class DecoderRun(Config):
     drop: DropConfig
     jitter: float = Field(0.0, ge=0)
     perceptual: float = Field(0.0, ge=0)
+    adversary: AdversaryConfig | None = None
     augment: PlaceConfig = PlaceConfig()
     lora: int | None = Field(None, ge=1)
     train: TrainConfig
@@ -77,6 +87,8 @@ class DecoderRun(Config):
             raise ValueError("model.learned_variance and diffusion.learned_variance must agree")
         if self.model.layout is not None and self.diffusion.target != "x0":
             raise ValueError("model.layout needs diffusion.target = x0")
+        if self.adversary is not None and self.lora is not None:
+            raise ValueError("adversary and lora can't go together: leave one of them out")
         if self.embeddings is not None and self.augment != PlaceConfig():
             raise ValueError("augment moves pictures away from their embeddings in the cache")
         return self
@@ -86,6 +98,12 @@ class DecoderTask(StageTask):
     """Draw a picture from its own z_image and its caption, either sometimes left out."""
 
     run: DecoderRun
+
+    def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
+        super().__init__(run, clip, train)
+        if run.adversary is not None:
+            critic = Critic(clip.features, run.model.resolution, run.model.embed)
+            self.model = self.trained = Contested(self.model, critic, self.stage.diffusion)
 
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each picture. **Shapes**: → (B,)."""
@@ -98,7 +116,32 @@ class DecoderTask(StageTask):
             cond = replace(cond, known=Kept(x0, hidden).shown())
         t, noise = draw(self.run, ids, x0, batch.noise)
         distance = self.perceived if self.run.perceptual > 0 else None
-        return self.stage.diffusion.loss(model, x0, cond, t, noise, distance)
+        diffusion = self.stage.diffusion
+        if self.run.adversary is None:
+            return diffusion.loss(model, x0, cond, t, noise, distance)
+        numbers = parted(ids, self.run.adversary.share)
+        own, rest = (part.to(x0.device, non_blocking=True) for part in numbers)
+        both = Together(model, self._drawn(cond.rows(own), ids[numbers[0]], x0[own]))
+        found = diffusion.loss(both, x0[rest], cond.rows(rest), t[rest], noise[rest], distance)
+        return both.losses(found, own, rest, self.run.adversary.weight)
+
+    @torch.no_grad()
+    def _drawn(self, cond: Cond, ids: Tensor, real: Tensor) -> Drawn:
+        """What the decoder has drawn of these samples up to some step, always told the embedding.
+
+        **Shapes**: n rows, ids (n,), real (n, 3, R, R).
+        """
+        assert self.run.adversary is not None
+        seed, steps, half = self.run.train.seed, self.run.adversary.steps, self.clip.dtype
+        cond = replace(cond, keep_image=None)
+        generators = [randomness.generator(seed, "drawn", i) for i in ids.tolist()]
+        level = int(randomness.integers(seed, "drawn to", ids[:1], steps))
+        with torch.autocast(real.device.type, half, enabled=half != torch.float32):
+            x_t, t = drawn_to(self.stage, cond, steps, level, generators)
+        reach = real.shape[-1] // 2 + 1
+        corners = (randomness.uniform(seed, "corner", ids, (2,)) * reach).long()  # (n, 2)
+        corners = corners.to(real.device, non_blocking=True)
+        return Drawn(x_t, t, cond, real, self.stage.network.scale(cond.image_embed), corners)
 
     def perceived(self, guess: Tensor, x0: Tensor) -> Tensor:
         """How unlike two pictures are to the frozen encoder, times `perceptual`.
@@ -125,7 +168,7 @@ class DecoderTask(StageTask):
         images, captions = self.shown.first(PREVIEWS)
         side = self.run.model.resolution
         cond = told_of(self.clip, self.stage, images, captions)
-        out = self.drawn(model, cond)
+        out = self.drawn(model.network if isinstance(model, Contested) else model, cond)
         rows = torch.cat([resize(images, side), out.cpu()])
         return grid([to_pil(x) for x in rows], columns=len(images))
 

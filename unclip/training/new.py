@@ -42,6 +42,7 @@ COMMENTS = {
     "draws": "Noise and timesteps for each pair at every step: the caption is read once for all.",
     "jitter": "How far embeddings are moved off the data, as a prior's are.",
     "perceptual": "What the encoder sees of a guess counts beside its pixels.",
+    "adversary": "A critic that what the decoder draws by itself has to pass.",
     "drop": "Shares of the samples that train without a condition: guidance needs them.",
     "degradation": "What is done to small pictures, so that flawed ones can be enlarged too.",
     "train": "steps x batch pictures are seen; stopped at any step, the same command goes on.",
