@@ -38,7 +38,7 @@ class AdversaryConfig(Config):
     """The share `share` of a batch is drawn in `steps` steps of DDIM with all its noise and without
     guidance, each batch up to another of them; `weight` is what the critic's verdict counts for."""
 
-    weight: float = Field(0.2, gt=0)
+    weight: float = Field(0.03, gt=0)
     share: float = Field(0.6, gt=0, lt=1)
     steps: int = Field(4, ge=1)
 
