@@ -308,6 +308,23 @@ def test_guidance_acts_and_costs_within_its_interval_only():
         SamplingConfig(steps=10, interval=(0.5, 0.2))
 
 
+@pytest.mark.parametrize("target", ["x0", "eps", "v"])
+def test_a_time_shift_guesses_as_of_a_noisier_timestep(target):
+    """The network is told it, its answer is read by it, and nothing lies above the noisiest."""
+    plain = SamplingConfig(steps=10, guidance=3.0, interval=(0.2, 0.5), clip=None)
+    shifted = plain.model_copy(update={"time_shift": 0.05})
+    x_t, model = torch.randn(1, 3, 4, 4), Told()
+    as_of, of = (
+        Guided(gaussian(target), model, told(0.3), config, negative=told(0.1))
+        for config in (plain, shifted)
+    )
+    for t, other in ((250, 300), (0, 50), (949, 999), (990, 999)):
+        assert_close(of(x_t, t)[0], as_of(x_t, other)[0])
+        assert [at for _, at in model.asked[-2:]] == [other, other]
+    of(x_t, 480)  # guided by where x_t stands: 480 of 999 is within the interval, 530 is not
+    assert model.asked[-1] == (2, 530)
+
+
 def test_another_network_takes_the_last_step():
     for sampler in SAMPLERS:
         config = SamplingConfig(sampler=sampler, steps=4, clip=None)

@@ -45,7 +45,7 @@ def _stage(source: Source, name: str) -> tuple[str, str, str]:
     asked = stage.sampling
     return (
         kind_of(stage.config).words(stage.config),
-        f"{asked.sampler}, {asked.steps} steps, guidance {asked.guidance:g}"
+        f"{asked.sampler}, {asked.steps} step{'s' * (asked.steps > 1)}, guidance {asked.guidance:g}"
         if isinstance(asked, SamplingConfig)
         else ", ".join(f"{key} {value:g}" for key, value in asked.model_dump().items()),
         stage.encoder.name if stage.encoder else "",

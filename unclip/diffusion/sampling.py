@@ -24,7 +24,8 @@ class SamplingConfig(Config):
     `guidance` 1 is off and costs one forward per step; an upsampler's always costs one (see
     `Guided`). `interval` limits it to a part of time, 0 the cleanest and 1 the noisiest. `clip`
     bounds x_0 at each step, None does not. `eta` is DDIM's share of fresh noise (0 deterministic,
-    1 like DDPM).
+    1 like DDPM). The network is told a timestep that lies `time_shift`, a share of time, above that
+    of x (Li et al. 2024): what x has of the network's own mistakes counts as noise too.
     """
 
     sampler: SamplerName = "ddim"
@@ -33,6 +34,7 @@ class SamplingConfig(Config):
     interval: tuple[float, float] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     clip: float | None = 1.0
+    time_shift: float = Field(0.0, ge=0, le=0.5)
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:

@@ -49,7 +49,8 @@ def measure_prior(
     clip = source.need_clip().to(device, torch.float32)
     dataset = open_dataset(data, clip.image_size, embeddings=True)
     rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().unique()
-    config = stage.sampling.model_copy(update={"guidance": 1.0, "interval": None, "clip": None})
+    plain = {"guidance": 1.0, "interval": None, "clip": None, "time_shift": 0.0}
+    config = stage.sampling.model_copy(update=plain)
 
     def samples() -> Iterator[tuple[Tensor, Guess]]:
         for chunk in progress_bar(rows.split(CHUNK_EMBEDDINGS), "statistics"):

@@ -93,7 +93,7 @@ class TowersTask:
         clip = self._frozen(copy.deepcopy(self.product))
         chosen = range(0, len(self.val), -(-len(self.val) // MOST_SHOWN))
         samples = [fixed(self.val, i, randomness.generator(0, "val", i)) for i in chosen]
-        batches = [Batch.of(part) for part in chunks(samples)]
+        batches = [Batch.of(part) for part in batched(samples)]
         z_image = torch.cat([embeddings_of(clip, batch) for batch in batches])  # (N, D)
         z_text = torch.cat([clip.encode_text(batch.captions).embed for batch in batches])  # (N, D)
         rank = retrieval_rank(z_image, z_text)
@@ -213,7 +213,7 @@ def open_teacher(run: Any, texts: Iterable[str]) -> Teacher:
     return Teacher(run.teacher, texts, dtype, run.train.seed)
 
 
-def chunks(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+def batched(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
     """At most `size` items at a time."""
     for first in range(0, len(items), size):
         yield items[first : first + size]

@@ -24,7 +24,7 @@ from unclip.data.open import DataConfig
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.errors import ConfigError
 from unclip.training.aids import embed_text
-from unclip.training.clip import TowersTask, chunks, drop_words, open_teacher, wordings
+from unclip.training.clip import TowersTask, batched, drop_words, open_teacher, wordings
 from unclip.training.fit import TrainConfig
 from unclip.training.task import embeddings_of, numbers_of_draws, train
 from unclip.training.teacher import TeacherConfig
@@ -89,7 +89,7 @@ class ClipTextTask(TowersTask):
         self.meant = torch.cat(
             [
                 meaning(self.teacher(part), sentences, shown, sharp)
-                for part in chunks(self.teacher.phrases)
+                for part in batched(self.teacher.phrases)
             ]
         )  # (number of phrases, D)
         towers = grown(towers, self.teacher.phrases, run.train.seed)
@@ -154,7 +154,7 @@ class Embedded:
 
     def __init__(self, clip: FrozenCLIP, dataset: Dataset) -> None:
         self.dataset, self.name = dataset, dataset.name
-        rows = chunks(list(range(len(dataset))))
+        rows = batched(list(range(len(dataset))))
         batches = (Batch.of([fixed(dataset, index) for index in part]) for part in rows)
         parts = [embeddings_of(clip, batch) for batch in batches]
         self.z_image = F.normalize(torch.cat(parts), dim=-1)  # (n, D)
