@@ -128,6 +128,22 @@ def test_a_decoders_layout_is_measured(run, pictures, model_folder, tmp_path):
     assert "layout" in table["trained"] and "layout" in table["held out"]
 
 
+def test_pictures_are_drawn_again_where_a_model_samples_otherwise(
+    run, pictures, model_folder, tmp_path
+):
+    folders = []
+    for steps in (2, 3):
+        pipe = UnCLIP.from_pretrained(model_folder)
+        assert pipe.decoder is not None
+        sampling = pipe.decoder.sampling.model_copy(update={"steps": steps})
+        pipe.decoder = replace(pipe.decoder, sampling=sampling)
+        pipe.save_pretrained(tmp_path / f"{steps}")
+        code, _, error = run(*pictures, "--upscaled", 0, model=tmp_path / f"{steps}")
+        assert code == 0, error
+        folders.append({file.parent for file in (tmp_path / "out").rglob("*-0000.png")})
+    assert len(folders[0]) == 1 and len(folders[1]) == 2  # of the same weights
+
+
 def test_pictures_do_not_depend_on_how_the_work_is_divided(run, pictures, tmp_path, monkeypatch):
     run(*pictures, "--upscaled", 0, "--out", tmp_path / "a")
     monkeypatch.setattr("unclip.evaluation.drawings.CHUNK", 4)

@@ -130,7 +130,8 @@ class Setting:
 
 @contextmanager
 def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[Setting]:
-    """Look at the data. Pictures are kept under `work` by `model`, a hash of the weights.
+    """Look at the data. Pictures are kept under `work` by `model`, a hash of the weights, and by
+    what else draws them.
 
     **Raises**: `ConfigError` for a judge or a feature network that took part in sampling or is not
     installed, `DataError` for data that can't be measured on, `CheckpointError` for a model without
@@ -139,7 +140,9 @@ def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[S
     if pipe.decoder is None or pipe.clip is None:
         missing = "decoder" if pipe.decoder is None else "CLIP encoder"
         raise CheckpointError(f"this model has no {missing}, which evaluation needs")
-    settings = [model, str(pipe.dtype), asdict(request) | {"limit": 0, "features": [], "judge": ""}]
+    sampling = {stage.name: stage.sampling.model_dump() for stage in pipe.stages}
+    asked = asdict(request) | {"limit": 0, "features": [], "judge": ""}
+    settings = [model, str(pipe.dtype), pipe.prior_candidates, sampling, asked]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()  # what changes no picture: 0
     with ExitStack() as stack:
         judges = _judges(pipe, request)
