@@ -43,7 +43,7 @@ COMPOSITIONS = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the sheets that are not there yet."""
+    """Draw all sheets, over those that are there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a model folder")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the sheets")
@@ -53,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         for name, (captions, seeds, columns) in sheets().items():
             file = given.out / f"{name}.webp"
-            if not file.exists():
-                sheet(pipe, captions, seeds, columns).save(file, quality=85)
-                print(file)
+            sheet(pipe, captions, seeds, columns).save(file, quality=85)
+            print(file)
 
 
 def sheets() -> dict[str, tuple[list[str], int, int]]:

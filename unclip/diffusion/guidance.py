@@ -56,12 +56,12 @@ class Guided:
         **Shapes**: x_t (B, *) → (B, *), float32.
         """
         model, ready = self._last if t == self._last_at else self._model
-        config, guides, last = self.config, self.guides, self.diffusion.config.steps - 1
+        config, guides, noisiest = self.config, self.guides, self.diffusion.config.steps - 1
         if config.interval is not None:
-            first, final = (share * last for share in config.interval)
+            first, final = (share * noisiest for share in config.interval)
             if not first <= t <= final:
                 guides, ready = False, self._alone or ready
-        told = min(t + round(config.time_shift * last), last)
+        told = min(t + round(config.time_shift * noisiest), noisiest)
         times = torch.full((len(x_t),), told, device=x_t.device)
         x_in, t_in = (torch.cat([x_t] * 2), torch.cat([times] * 2)) if guides else (x_t, times)
         prediction, variance = self.diffusion.split(model(x_in.to(self.dtype), t_in, ready).float())
