@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parity import randomise
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -52,6 +53,7 @@ def upsampler(residual: bool = False, **changes: Any) -> Upsampler:
     return Upsampler(UpsamplerConfig(low=4, high=8, residual=residual, unet=unet))
 
 
+DETAIL = unet_config(multiple=[1], attention=[False], mid_attention=False)
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "prior": prior,
     "decoder": decoder,
@@ -61,6 +63,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decoder with patches": lambda: decoder(unet_config(patch=2, scale_shift=False)),
     "decoder with a head": lambda: decoder(unet_config(patch=2, head=6), image_tokens=7),
     "decoder that inpaints": lambda: decoder(unet_config(patch=2), inpaint=True),
+    "decoder with detail": lambda: decoder(unet_config(patch=2), detail=DETAIL),
     "upsampler": upsampler,
     "upsampler with patches": lambda: upsampler(residual=True, patch=2),
 }
@@ -311,6 +314,26 @@ def test_what_is_known_changes_what_is_drawn_and_without_it_nothing_is() -> None
     nothing = replace(cond, known=torch.zeros(3, 4, 8, 8))
     assert torch.equal(model(x_t, t, nothing), model(x_t, t, replace(cond, known=None)))
     assert far(model(x_t, t, nothing), out)
+
+
+@torch.no_grad()
+def test_detail_corrects_what_the_same_decoder_without_it_makes_by_the_picture_itself() -> None:
+    model = make("decoder with detail")
+    plain = decoder(unet_config(patch=2)).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k[:6] != "detail"})
+    x_t, t, cond = inputs(model)
+    result, cache = plain(x_t, t, cond), plain.prepare(cond).cache
+    emb = plain.time(t) + cache.emb
+    seen = torch.cat([x_t, result], dim=1)
+    expected = result + model.detail.unet(seen, model.detail.emb(emb), None)
+    assert_close(model(x_t, t, cond), expected)
+    assert far(expected, result)
+    model.detail = make("decoder with detail", fresh=True).detail
+    assert torch.equal(model(x_t, t, cond), result)
+    with pytest.raises(ValidationError, match=r"detail\.attention"):
+        decoder(unet_config(patch=2), detail=unet_config())
+    with pytest.raises(ValidationError, match=r"detail\.patch"):
+        decoder(detail=DETAIL.model_copy(update={"patch": 3}))
 
 
 @every_model

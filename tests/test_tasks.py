@@ -272,6 +272,29 @@ def test_an_inpainting_decoder_begins_as_the_one_it_comes_from_and_is_shown_what
     assert_close(known[:, :3], x0.masked_fill(hidden, 0))
 
 
+def test_a_decoder_with_detail_begins_as_the_one_it_comes_from_and_may_train_that_alone(
+    model_folder, tmp_path
+):
+    clip = FrozenCLIP.load(str(model_folder))
+    plain = DecoderTask(tiny("decoder", model_folder), clip)
+    randomise(plain.model, 0)
+    UnCLIP(clip, decoder=plain.stage).save_pretrained(tmp_path / "plain")
+    detail = "model.detail={channels: 16, multiple: [1], blocks: 1, attention: [false], "
+    detail += "mid_attention: false, groups: 2}"
+    changes = [f"train.init={tmp_path}/plain", "train.only=['detail.*']", "train.steps=2"]
+    run = tiny("decoder", model_folder, detail, *changes, f"train.out={tmp_path}/run")
+    task = DecoderTask(run, clip)
+    start_from(task.stage, tmp_path / "plain")
+    batch = first_batch(run)
+    losses = [own.loss(own.model, batch, 0)["loss"] for own in (task, plain)]
+    assert_close(*losses)
+    saved = TensorFile(train_decoder(run, Accelerator(cpu=True)) / "decoder" / "model.safetensors")
+    before = plain.model.state_dict()
+    same = {name for name in saved if name in before and torch.equal(saved[name], before[name])}
+    assert same == set(before)
+    assert saved["detail.unet.conv_out.weight"].abs().max() > 0
+
+
 def test_masks_are_a_samples_own_and_hide_a_part_the_rest_a_half_or_all():
     hidden = masks(torch.arange(400), 16, 0)
     assert torch.equal(masks(torch.tensor([7]), 16, 0), hidden[7:8])

@@ -21,6 +21,7 @@ from conftest import tiny_upsampler
 from filelock import FileLock
 from parity import randomise
 from PIL import Image
+from pydantic import ValidationError
 from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
@@ -447,6 +448,27 @@ def test_training_starts_from_given_weights(tmp_path: Path) -> None:
     # A second start resumes instead of starting from them again.
     longer = again.train.model_copy(update={"steps": 3})
     assert run(again.model_copy(update={"train": longer})).name == "step-3"
+
+
+def test_only_the_parameters_asked_for_are_trained_and_a_resumed_run_keeps_to_that(
+    tmp_path: Path,
+) -> None:
+    first = run(config(tmp_path / "a"))
+    begun = TensorFile(first / "prior" / "model.safetensors")
+    change = {"init": str(tmp_path / "a"), "only": ["mix.*", "*.bias"]}
+    straight = run(config(tmp_path / "b", **change))
+    with pytest.raises(RuntimeError, match="crash"):
+        run(config(tmp_path / "c", {"crash_at": 7}, **change))
+    (tmp_path / "c" / "config.yaml").write_text((tmp_path / "b" / "config.yaml").read_text())
+    assert_same_checkpoint(straight, run(config(tmp_path / "c", **change)))
+    for weights in ("prior/model.safetensors", "training/weights.safetensors"):
+        ended = TensorFile(straight / weights)
+        moved = {name for name in ended if not torch.equal(ended[name], begun[name])}
+        assert moved == {"mix.weight", "lift.bias", "out.bias"}
+    with pytest.raises(ConfigError, match=r"called 'mid.\*'; they are called lift.\*, mix.\*, out"):
+        run(config(tmp_path / "d", init=str(tmp_path / "a"), only=["mid.*"]))
+    with pytest.raises(ValidationError, match="only needs init"):
+        config(tmp_path / "e", only=["mix.*"])
 
 
 def test_a_model_is_made_ready_once_and_not_for_given_weights(tmp_path: Path) -> None:

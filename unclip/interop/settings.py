@@ -272,6 +272,7 @@ def to_decoder(config: DecoderConfig) -> tuple[Theirs, Theirs]:
         ("learned_variance", config.learned_variance, True),
         ("layout", config.layout, None),
         ("inpaint", config.inpaint, False),
+        ("detail", config.detail, None),
         ("scale.kind", config.scale.kind, "raw"),
         ("unet.mid_attention", unet.mid_attention, True),
         ("unet.patch", unet.patch, 1),

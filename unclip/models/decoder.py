@@ -43,7 +43,9 @@ class DecoderConfig(Config):
     stands for its result where there is nothing but noise (target x0 only): where things are is
     what small networks learn last, and alone it is learned in minutes. With `inpaint` the U-Net
     also sees what is known of the picture, in four channels (GLIDE's inpainting, Nichol et al.
-    2022)."""
+    2022). `detail` is a second, small U-Net without attention that corrects the result at finer
+    patches than the first one's, or at single pixels: what a large patch blurs where little noise
+    is left (see `Detail`)."""
 
     resolution: int = Field(gt=0)
     embed: int = Field(gt=0)
@@ -57,6 +59,7 @@ class DecoderConfig(Config):
     layout: LayoutConfig | None = None
     inpaint: bool = False
     unet: UNetConfig
+    detail: UNetConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> DecoderConfig:
@@ -66,11 +69,14 @@ class DecoderConfig(Config):
             raise ValueError("layout needs learned_variance = false")
         if not self.unet.attends:
             raise ValueError("unet.attention must be true somewhere: the context enters there")
-        if self.resolution % self.unet.stride:
-            raise ValueError(
-                f"resolution = {self.resolution} must be a multiple of {self.unet.stride}, what "
-                "unet.patch and the levels in unet.multiple shrink a picture by"
-            )
+        if self.detail is not None and self.detail.attends:
+            raise ValueError("detail.attention and detail.mid_attention must be false")
+        for name, unet in (("unet", self.unet), ("detail", self.detail)):
+            if unet is not None and self.resolution % unet.stride:
+                raise ValueError(
+                    f"resolution = {self.resolution} must be a multiple of {unet.stride}, what "
+                    f"{name}.patch and the levels in {name}.multiple shrink a picture by"
+                )
         return self
 
 
@@ -106,6 +112,7 @@ class Decoder(nn.Module):
         in_channels = 3 + 3 * (config.layout is not None) + 4 * config.inpaint
         out_channels = 6 if config.learned_variance else 3
         self.unet = UNet(config.unet, in_channels, out_channels, width)
+        self.detail = Detail(config.detail, out_channels, emb) if config.detail else None
 
     def prepare(self, cond: Cond) -> Cond:
         """Everything that stays the same over sampling steps.
@@ -160,11 +167,29 @@ class Decoder(nn.Module):
         seen = [part.to(x_t.dtype) for part in (x_t, cache.layout, cache.known) if part is not None]
         x = torch.cat(seen, dim=1)  # (B, 3, 6, 7 or 10, H, W)
         out = self.unet(x.to(emb.dtype), emb, cache.context).to(x_t.dtype)
-        if self.layout is None:
-            return out
-        layout = cache.layout.to(x_t.dtype)
-        share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
-        return out + share * (layout - out)
+        if self.layout is not None:
+            layout = cache.layout.to(x_t.dtype)
+            share = self.layout.share(time)[:, :, None, None].to(x_t.dtype)  # (B, 1, 1, 1)
+            out = out + share * (layout - out)
+        return out if self.detail is None else self.detail(x_t, out, emb)
+
+
+class Detail(nn.Module):
+    """A correction of the decoder's result at full resolution (cf. Chen et al. 2025, DiP).
+
+    A U-Net that folds pixels into large patches has fewer channels for each than it has numbers:
+    where little noise is left, what it passes on knows less of the picture than its input did.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int, emb: int):
+        super().__init__()
+        self.emb = nn.Linear(emb, config.embed)
+        self.unet = UNet(config, 3 + channels, channels, None)  # starts as no change
+
+    def forward(self, x_t: Tensor, result: Tensor, emb: Tensor) -> Tensor:
+        """**Shapes**: x_t (B, 3, H, W), result (B, C, H, W), emb (B, E) → (B, C, H, W)."""
+        x = torch.cat([x_t, result], dim=1).to(emb.dtype)  # (B, 3 + C, H, W)
+        return result + self.unet(x, self.emb(emb), None).to(result.dtype)
 
 
 class TextSide(nn.Module):

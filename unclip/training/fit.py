@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import threading
 import time
@@ -19,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unclip.config import Config, Place, flat
+from unclip.errors import ConfigError
 from unclip.precision import Precision
 from unclip.randomness import generator
 from unclip.training import sharding
@@ -38,7 +40,9 @@ from unclip.training.trackers import TrackerName
 class TrainConfig(Config):
     """How to train. `batch` is global: over all processes and accumulation steps. A constant rate
     falls to zero over the last `cooldown` steps, which may be decided when they come.
-    `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost."""
+    `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost.
+    `only` are patterns of parameters' names (`detail.*`, `*.attention.*`): nothing but those is
+    trained, the others stay as `init` has them."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -64,9 +68,12 @@ class TrainConfig(Config):
     deterministic: bool = False
     tracker: TrackerName = "none"
     init: Place | None = None
+    only: list[str] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.only and self.init is None:
+            raise ValueError("only needs init, which the other parameters stay as")
         if self.cooldown and self.decay != "constant":
             raise ValueError("cooldown needs decay = constant: a cosine falls by itself")
         return self
@@ -189,9 +196,23 @@ def _make_ready(
         task.start_from(config.init)
     elif newest is None and begin is not None:
         on_main(accelerator, begin)
+    if config.only is not None:
+        _train_only(task.product, config.only)
     task.model.train()
     if config.compile:
         task.model.compile()  # in place: keys keep their names
+
+
+def _train_only(model: nn.Module, patterns: list[str]) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in trained):
+            raise ConfigError(
+                f"train.only: no parameter that is trained is called {pattern!r}; they are called "
+                f"{', '.join(dict.fromkeys(name.split('.')[0] + '.*' for name in trained))}"
+            )
+    for name, parameter in trained.items():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _said(config: TrainConfig, newest: Path | None, precision: str, shares: int) -> Iterator[str]:

@@ -80,13 +80,16 @@ def start_from(stage: Stage, path: str | Path) -> None:
 
     Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
     Karlo's layout are read as they are. Channels that an inpainting decoder sees and the other
-    doesn't begin at zero, as no change (GLIDE).
+    doesn't begin at zero, as no change (GLIDE); `detail`, where the other has none, begins anew.
 
     **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
     was trained with another encoder.
     """
     stored = kin_of(stage, path)
     tensors = stored.tensors
+    if getattr(stage.config, "detail", None) is not None and stored.stage.config.detail is None:
+        own = stage.network.state_dict().items()
+        tensors = {**tensors, **{key: x for key, x in own if key.startswith("detail.")}}
     if getattr(stage.config, "inpaint", False) and not stored.stage.config.inpaint:
         narrow = tensors[FIRST]
         lacking = stage.network.state_dict()[FIRST].shape[1] - narrow.shape[1]
