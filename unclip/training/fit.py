@@ -141,9 +141,10 @@ def fit(
     preview and as that on every process. SIGTERM, SIGUSR1 or SIGINT saves after the current step
     and returns.
 
-    **Raises**: `ConfigError` if the run folder belongs to another configuration or another training
-    is writing to it, `CheckpointError` if its checkpoints are damaged or none can be written,
-    `DivergedError` if ten steps in a row, or more than ten of a thousand, are not finite.
+    **Raises**: `ConfigError` if the run folder belongs to another configuration, another training
+    is writing to it or a pattern in `config.only` matches nothing, `CheckpointError` if its
+    checkpoints are damaged or none can be written, `DivergedError` if ten steps in a row, or more
+    than ten of a thousand, are not finite.
     """
     run = Path(config.out)
     with locked(accelerator, run), full_disk_explained(run):
