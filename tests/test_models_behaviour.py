@@ -20,7 +20,7 @@ from unclip.models.decoder import Decoder, DecoderConfig, LayoutConfig
 from unclip.models.layers import SHORT, DraftConfig, EmbeddingScale, ScaleConfig, attention
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
-from unclip.models.unet import UNetConfig, upsampled_conv
+from unclip.models.unet import UNet, UNetConfig, dead_blocks, upsampled_conv
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 EMBED, TEXT, CONTEXT = 12, 10, 8
@@ -435,6 +435,30 @@ def test_unet_stays_channels_last() -> None:
 
 
 @torch.no_grad()
+def test_blocks_whose_activations_never_open_are_named_and_no_others() -> None:
+    def passed(network: UNet) -> list[str]:
+        with dead_blocks(network) as dead, torch.no_grad():
+            for seed in range(2):
+                torch.manual_seed(seed)
+                network(torch.randn(2, 3, 8, 8), torch.randn(2, network.config.embed), None)
+        return dead
+
+    network = UNet(unet_config(attention=[False, False], mid_attention=False), 3, 3, None)
+    assert passed(network) == []  # though at first no block adds anything
+    randomise(network, 0)
+    assert passed(network) == []
+    block = network.mid[1]
+    width = block.conv2.in_channels
+    with torch.no_grad():
+        block.embed.weight.zero_()
+        block.embed.bias[:width], block.embed.bias[width:] = 0, -30
+    assert passed(network) == ["mid.1"]
+    with torch.no_grad():
+        block.embed.bias[width : width + width // 4] = 0  # a quarter of the channels
+    assert passed(network) == []
+    assert not block.conv2._forward_pre_hooks
+
+
 def test_upsampler_takes_crops_and_larger_images() -> None:
     model = make("upsampler")
     for size in ((4, 8), (16, 12)):

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -293,6 +294,32 @@ def test_a_decoder_with_detail_begins_as_the_one_it_comes_from_and_may_train_tha
     same = {name for name in saved if name in before and torch.equal(saved[name], before[name])}
     assert same == set(before)
     assert saved["detail.unet.conv_out.weight"].abs().max() > 0
+
+
+def test_a_training_names_dead_blocks_once_and_none_that_began_anew(model_folder, tmp_path):
+    clip = FrozenCLIP.load(str(model_folder))
+    died = DecoderTask(tiny("decoder", model_folder), clip)
+    randomise(died.model, 0)
+    with torch.no_grad():
+        block = died.model.unet.mid[0]
+        block.embed.weight.zero_()
+        block.embed.bias.fill_(-30)
+        block.norm2.weight.zero_()
+    UnCLIP(clip, decoder=died.stage).save_pretrained(tmp_path / "died")
+
+    def trained(anew: str) -> list[str]:
+        out = f"train.out={tmp_path}/{anew[:4]}"
+        changes = [f"train.init={tmp_path}/died", f"train.anew=[{anew}]", "train.steps=1", out]
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            train_decoder(tiny("decoder", model_folder, *changes), Accelerator(cpu=True))
+        samples = sorted(path.name for path in (tmp_path / anew[:4] / "samples").iterdir())
+        assert samples == ["step-0.png", "step-1.png"]
+        return [str(one.message) for one in warned if "have died" in str(one.message)]
+
+    (said,) = trained("null_image")
+    assert "the same: unet.mid.0; a train.weight_decay" in said
+    assert trained("unet.mid.0.*") == []
 
 
 def test_masks_are_a_samples_own_and_hide_a_part_the_rest_a_half_or_all():

@@ -471,6 +471,25 @@ def test_only_the_parameters_asked_for_are_trained_and_a_resumed_run_keeps_to_th
         config(tmp_path / "e", only=["mix.*"])
 
 
+def test_parameters_may_begin_anew_among_given_weights(tmp_path: Path) -> None:
+    first = run(config(tmp_path / "a"))
+    begun = TensorFile(first / "prior" / "model.safetensors")
+    fresh = TinyTask(config(tmp_path / "a")).model.state_dict()
+    change = {"init": str(tmp_path / "a"), "anew": ["mix.*", "*.bias"], "lr": 1e-12}
+    one = TensorFile(run(config(tmp_path / "b", steps=1, **change)) / "prior/model.safetensors")
+    for name in begun:
+        anew = name in {"mix.weight", "lift.bias", "out.bias"}
+        assert_close(one[name], fresh[name] if anew else begun[name])
+        assert torch.equal(begun[name], fresh[name]) == (name == "scale")
+    # A second start resumes instead of beginning anew again.
+    two = TensorFile(run(config(tmp_path / "b", steps=2, **change)) / "prior/model.safetensors")
+    assert_close(two, one)
+    with pytest.raises(ConfigError, match=r"train.anew: no parameter .* called 'mid.\*'"):
+        run(config(tmp_path / "d", init=str(tmp_path / "a"), anew=["mid.*"]))
+    with pytest.raises(ValidationError, match="anew needs init"):
+        config(tmp_path / "e", anew=["mix.*"])
+
+
 def test_a_model_is_made_ready_once_and_not_for_given_weights(tmp_path: Path) -> None:
     calls: list[int] = []
     settings = [

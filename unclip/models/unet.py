@@ -6,6 +6,8 @@ K context width, h heads, c channels a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from unclip.config import Config
 from unclip.models.layers import attention, run, silu, zero_init
 from unclip.models.norm import GroupNorm
+
+SHUT = 0.05  # a SiLU that never returns more lets nothing through
+LEAST_ALIVE = 0.05  # share of a block's channels
 
 
 class UNetConfig(Config):
@@ -263,3 +268,29 @@ class UNet(nn.Module):
         x = self.conv_out(silu(self.norm_out(x)))  # (B, out·p², H/p, W/p)
         x = F.pixel_shuffle(x, self.config.patch)  # (B, out, H, W)
         return x if self.head is None else self.head(silu(x))
+
+
+@contextmanager
+def dead_blocks(network: nn.Module) -> Iterator[list[str]]:
+    """The names of residual blocks that give every picture the same, filled in at the end.
+
+    Of what passes meanwhile, hardly a channel comes through a dead block's second SiLU: far below
+    zero it returns nothing and has no slope that would lead back (He et al. 2015 say it of ReLU).
+    """
+    dead: list[str] = []
+    highest: dict[str, Tensor] = {}  # by block, of each channel so far (C',)
+
+    def seen_by(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            now = inputs[0].detach().abs().amax((0, 2, 3))
+            highest[name] = torch.maximum(now, highest.get(name, now))
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, block in network.named_modules():
+            if isinstance(block, Block):
+                hooks.enter_context(block.conv2.register_forward_pre_hook(seen_by(name)))
+        yield dead
+    alive = {name: (channels > SHUT).float().mean() for name, channels in highest.items()}
+    dead += [name for name, share in alive.items() if share < LEAST_ALIVE]

@@ -41,8 +41,9 @@ class TrainConfig(Config):
     """How to train. `batch` is global: over all processes and accumulation steps. A constant rate
     falls to zero over the last `cooldown` steps, which may be decided when they come.
     `deterministic` makes an accelerator's bits repeat, which a CPU's do anyway, at some cost.
-    `only` are patterns of parameters' names (`detail.*`, `*.attention.*`): nothing but those is
-    trained, the others stay as `init` has them."""
+    `only` and `anew` are patterns of parameters' names (`detail.*`, `*.attention.*`): nothing but
+    those is trained, the others stay as `init` has them; those don't come from `init`, but begin as
+    in a network that has learned nothing."""
 
     out: Place
     steps: int = Field(ge=1)
@@ -69,11 +70,14 @@ class TrainConfig(Config):
     tracker: TrackerName = "none"
     init: Place | None = None
     only: list[str] | None = Field(default=None, min_length=1)
+    anew: list[str] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.only and self.init is None:
             raise ValueError("only needs init, which the other parameters stay as")
+        if self.anew and self.init is None:
+            raise ValueError("anew needs init, which the other parameters come from")
         if self.cooldown and self.decay != "constant":
             raise ValueError("cooldown needs decay = constant: a cosine falls by itself")
         return self
@@ -142,9 +146,9 @@ def fit(
     and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration, another training
-    is writing to it or a pattern in `config.only` matches nothing, `CheckpointError` if its
-    checkpoints are damaged or none can be written, `DivergedError` if ten steps in a row, or more
-    than ten of a thousand, are not finite.
+    is writing to it or a pattern in `config.only` or `config.anew` matches nothing,
+    `CheckpointError` if its checkpoints are damaged or none can be written, `DivergedError` if ten
+    steps in a row, or more than ten of a thousand, are not finite.
     """
     run = Path(config.out)
     with locked(accelerator, run), full_disk_explained(run):
@@ -194,26 +198,33 @@ def _make_ready(
     """The model where it will train, with what a run that starts from nothing begins with."""
     task.model.to(accelerator.device)
     if newest is None and config.init is not None:
+        fresh = _named(task.product, "anew", config.anew or [])
+        kept = [parameter.detach().clone() for parameter in fresh.values()]
         task.start_from(config.init)
+        for parameter, values in zip(fresh.values(), kept, strict=True):
+            parameter.data.copy_(values)
     elif newest is None and begin is not None:
         on_main(accelerator, begin)
     if config.only is not None:
-        _train_only(task.product, config.only)
+        trained = _named(task.product, "only", config.only)
+        for name, parameter in task.product.named_parameters():
+            parameter.requires_grad_(name in trained)
     task.model.train()
     if config.compile:
         task.model.compile()  # in place: keys keep their names
 
 
-def _train_only(model: nn.Module, patterns: list[str]) -> None:
+def _named(model: nn.Module, key: str, patterns: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained and called as `train.<key>` says."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in trained):
             raise ConfigError(
-                f"train.only: no parameter that is trained is called {pattern!r}; they are called "
+                f"train.{key}: no parameter that is trained is called {pattern!r}; they are called "
                 f"{', '.join(dict.fromkeys(name.split('.')[0] + '.*' for name in trained))}"
             )
-    for name, parameter in trained.items():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    chosen = {name for name in trained for p in patterns if fnmatch.fnmatchcase(name, p)}
+    return {name: parameter for name, parameter in trained.items() if name in chosen}
 
 
 def _said(config: TrainConfig, newest: Path | None, precision: str, shares: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from unclip.data.open import DataConfig
 from unclip.data.order import batches
 from unclip.data.sample import Batch, Dataset, Sample, fixed
 from unclip.diffusion.process import GaussianDiffusion
+from unclip.errors import UnclipWarning
+from unclip.models.unet import dead_blocks
 from unclip.precision import default_dtype
 from unclip.stages import lora
 from unclip.stages.ar_prior import ArStage
@@ -102,6 +105,7 @@ class StageTask:
         if self.rank is not None:
             self.product = adapted(self.stage, self.rank, run.train)
         self.trained: nn.Module = self.product
+        self.dead: set[str] = set()  # residual blocks that a warning has named
 
     def describe(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The stage's `config.json`."""
@@ -124,11 +128,25 @@ class StageTask:
         return cond.drop(self.clip.null_text, **chosen)
 
     def drawn(self, model: Any, cond: Cond) -> Tensor:
-        """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings."""
+        """One sample for each condition, seeds 0, 1, …, with the stage's own sampling settings.
+
+        Residual blocks found dead meanwhile are named in a warning, each once.
+        """
         generators = [torch.Generator().manual_seed(k) for k in range(len(cond))]
         null_text = None if self.stage.encoder is None else self.clip.null_text
         drawing = replace(self.stage, network=model)
-        return drawing.draw(cond, self.stage.sampling, generators, null_text=null_text)
+        with dead_blocks(model) as dead:
+            out = drawing.draw(cond, self.stage.sampling, generators, null_text=null_text)
+        if not self.dead.issuperset(dead):
+            warnings.warn(
+                "residual blocks that have died, giving every picture the same: "
+                f"{', '.join(dead)}; a train.weight_decay keeps blocks alive, and train.init with "
+                "train.anew begins some anew",
+                UnclipWarning,
+                stacklevel=2,
+            )
+        self.dead.update(dead)
+        return out
 
 
 def train(
