@@ -486,6 +486,8 @@ def test_missing_or_unfit_conditions_are_explained() -> None:
         (lambda: transformer_config(heads=5), "multiple of heads, got 32 and 5"),
         (lambda: unet_config(head_channels=24), "head_channels = 24 must divide width 32"),
         (lambda: unet_config(attention=[True]), "one entry for each of the 2 levels"),
+        (lambda: unet_config(blocks=[1]), "blocks needs one entry for each of the 2 levels"),
+        (lambda: unet_config(blocks=[1, 0]), "greater than 0"),
         (lambda: unet_config(channels=18), "multiple of groups = 4, got 18"),
         (lambda: unet_config(multiple=[1, 0]), "every multiple must be at least 1"),
         (lambda: decoder(resolution=9), "resolution = 9 must be a multiple of 2"),

@@ -78,3 +78,17 @@ def test_it_compiles_whole():
     compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
     found, expected = (results(call, tensors, grad) for call in (compiled, norm))
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_it_learns_behind_parts_that_are_not_trained(layout):
+    (x, weight, bias), grad = inputs((2, 8, 4, 6), torch.float32, layout)
+    norm = GroupNorm(2, 8)
+    with torch.no_grad():
+        norm.weight.copy_(weight), norm.bias.copy_(bias)
+    expected = results(lambda x, w, b: group_norm(x, w, b, 2, 1e-5), (x, weight, bias), grad)
+    frozen = x.detach()
+    norm(frozen).backward(grad)
+    assert_close(norm.weight.grad, expected[2])
+    assert_close(norm.bias.grad, expected[3])
+    assert not frozen.requires_grad and frozen.grad is None

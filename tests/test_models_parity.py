@@ -139,7 +139,7 @@ def karlo_unet(config: UNetConfig, context_width: int) -> UNet2DConditionModel:
             UNetConfig(
                 channels=32,
                 multiple=[1, 3],
-                blocks=2,
+                blocks=[1, 3],
                 attention=[False, True],
                 mid_attention=True,
                 head_channels=8,

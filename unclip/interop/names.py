@@ -85,7 +85,7 @@ def unet_names(config: UNetConfig) -> Names:
     width, skips = config.channels, [config.channels]
     down = up = 0
     for level, out in enumerate(config.widths):
-        for j in range(config.blocks):
+        for j in range(config.depths[level]):
             theirs = f"down_blocks.{level}"
             names |= _block(
                 f"unet.down.{down}", theirs, j, width != out, attends=config.attention[level]
@@ -100,7 +100,7 @@ def unet_names(config: UNetConfig) -> Names:
     names |= _block("unet.mid.1", "mid_block", 1, False, attends=False)
     for level, out in reversed(list(enumerate(config.widths))):
         theirs = f"up_blocks.{levels - 1 - level}"
-        for j in range(config.blocks + 1):
+        for j in range(config.depths[level] + 1):
             widens = width + skips.pop() != out
             names |= _block(f"unet.up.{up}", theirs, j, widens, attends=config.attention[level])
             width, up = out, up + 1

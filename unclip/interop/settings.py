@@ -301,6 +301,7 @@ def to_upsampler(config: UpsamplerConfig) -> Theirs:
     _express(
         stage_name(config),
         ("residual", config.residual, False),
+        ("unet.blocks", config.unet.blocks, config.unet.depths[0]),
         ("unet.patch", config.unet.patch, 1),
         ("unet.head", config.unet.head, None),
     )

@@ -24,6 +24,10 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """**Shapes**: (B, C, H, W) → same."""
         if x.is_cpu:
+            if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
+                # Behind parts that aren't trained: torch's backward pass reads the gradient of x,
+                # and crashes where there is none and channels come last.
+                x = x.detach().requires_grad_()
             return super().forward(x)
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,14 @@ from unclip.config import Config
 from unclip.models.layers import attention, run, silu, zero_init
 from unclip.models.norm import GroupNorm
 
+Count = Annotated[int, Field(gt=0)]
 SHUT = 0.05  # a SiLU that never returns more lets nothing through
 LEAST_ALIVE = 0.05  # share of a block's channels
 
 
 class UNetConfig(Config):
-    """Level i has `channels * multiple[i]` channels and `blocks` residual blocks down, one more up.
+    """Level i has `channels * multiple[i]` channels and `blocks` residual blocks down, one more up:
+    as many at every level, or a list.
 
     `attention` says at which levels every block attends to its own picture and to the context
     tokens, `mid_attention` the same of the middle. `scale_shift`: the time embedding scales as well
@@ -38,7 +40,7 @@ class UNetConfig(Config):
 
     channels: int = Field(gt=0)
     multiple: list[int] = Field(min_length=1)
-    blocks: int = Field(gt=0)
+    blocks: Count | list[Count]
     attention: list[bool]
     mid_attention: bool
     head_channels: int = Field(64, gt=0)
@@ -58,11 +60,12 @@ class UNetConfig(Config):
             )
         if any(m < 1 for m in self.multiple):
             raise ValueError(f"every multiple must be at least 1, got {self.multiple}")
-        if len(self.attention) != len(self.multiple):
-            raise ValueError(
-                f"attention needs one entry for each of the {len(self.multiple)} levels in "
-                f"multiple, got {len(self.attention)}"
-            )
+        for name, entries in (("attention", self.attention), ("blocks", self.depths)):
+            if len(entries) != len(self.multiple):
+                raise ValueError(
+                    f"{name} needs one entry for each of the {len(self.multiple)} levels in "
+                    f"multiple, got {len(entries)}"
+                )
         flags = [*self.attention, self.mid_attention]
         for width, attends in zip([*self.widths, self.widths[-1]], flags, strict=True):
             if attends and width % self.head_channels:
@@ -73,6 +76,11 @@ class UNetConfig(Config):
     def widths(self) -> list[int]:
         """Channels of each level, from fine to coarse."""
         return [self.channels * m for m in self.multiple]
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks down of each level, from fine to coarse."""
+        return self.blocks if isinstance(self.blocks, list) else [self.blocks] * len(self.multiple)
 
     @property
     def embed(self) -> int:
@@ -201,7 +209,7 @@ class UNet(nn.Module):
         at_level = [context_width if attends else None for attends in config.attention]
         width, skips = config.channels, [config.channels]
         for level, out in enumerate(config.widths):
-            for _ in range(config.blocks):
+            for _ in range(config.depths[level]):
                 self.down.append(Block(width, out, config, context_width=at_level[level]))
                 width = out
                 skips.append(width)
@@ -212,7 +220,7 @@ class UNet(nn.Module):
         self.mid.append(Block(width, width, config, context_width=middle))
         self.mid.append(Block(width, width, config))
         for level, out in reversed(list(enumerate(config.widths))):
-            for _ in range(config.blocks + 1):
+            for _ in range(config.depths[level] + 1):
                 fan_in = width + skips.pop()
                 self.up.append(Block(fan_in, out, config, context_width=at_level[level]))
                 width = out
