@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -257,6 +258,15 @@ def test_info_lists_every_stage(run, model_folder, pipe):
         assert any(line.startswith(name) for line in out.splitlines())
     assert "32 → 64 px" in out and "ddim, 2 steps, guidance 2" in out and "tiny 0" in out
     assert Source(model_folder).hash in out
+
+
+def test_info_says_where_guidance_is_limited(run, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    file = tmp_path / "m" / "decoder" / "config.json"
+    config = json.loads(file.read_text())
+    config["sampling"]["interval"] = [0.25, 1.0]
+    file.write_text(json.dumps(config))
+    assert "ddim, 2 steps, guidance 2 in 0.25 to 1" in run("info", tmp_path / "m")[1]
 
 
 def test_assemble_collects_runs_into_a_model(run, tmp_path, pipe, model_folder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
 from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import CheckpointError
 from unclip.files.folder import read_stage_config
@@ -42,14 +44,19 @@ def summarise(source: Source) -> list[StageSummary]:
 
 def _stage(source: Source, name: str) -> tuple[str, str, str]:
     stage = source.stage(name).stage
-    asked = stage.sampling
     return (
         kind_of(stage.config).words(stage.config),
-        f"{asked.sampler}, {asked.steps} step{'s' * (asked.steps > 1)}, guidance {asked.guidance:g}"
-        if isinstance(asked, SamplingConfig)
-        else ", ".join(f"{key} {value:g}" for key, value in asked.model_dump().items()),
+        _sampling(stage.sampling),
         stage.encoder.name if stage.encoder else "",
     )
+
+
+def _sampling(asked: BaseModel) -> str:
+    if not isinstance(asked, SamplingConfig):
+        return ", ".join(f"{key} {value:g}" for key, value in asked.model_dump().items())
+    steps = f"{asked.steps} step{'s' * (asked.steps > 1)}"
+    within = "" if asked.interval is None else " in {:g} to {:g}".format(*asked.interval)
+    return f"{asked.sampler}, {steps}, guidance {asked.guidance:g}{within}"
 
 
 def _encoder(source: Source) -> tuple[str, str, str]:

@@ -17,16 +17,20 @@ from unclip.evaluation.setting import Request, set_up
 from unclip.images import to_pil
 from unclip.pipeline import UnCLIP
 
+ALWAYS = (0.0, 1.0)  # whatever a model's own interval is
 # Rows of the table and the decoder's options in each: with embedding and caption, and without.
 EMBEDDED: dict[str, dict[str, Any]] = {
     "1 (off)": {"guidance": 1.0},
-    "2": {"guidance": 2.0},
-    "4": {"guidance": 4.0},
-    "8": {"guidance": 8.0},
+    "2": {"guidance": 2.0, "interval": ALWAYS},
+    "4": {"guidance": 4.0, "interval": ALWAYS},
+    "8": {"guidance": 8.0, "interval": ALWAYS},
     "4, interval 0.2 to 0.8": {"guidance": 4.0, "interval": (0.2, 0.8)},
     "8, interval 0.2 to 0.8": {"guidance": 8.0, "interval": (0.2, 0.8)},
 }
-ALONE = {f"caption alone, {scale:g}": {"guidance": scale} for scale in (1.0, 2.0, 4.0)}
+ALONE: dict[str, dict[str, Any]] = {
+    f"caption alone, {scale:g}": {"guidance": scale, "interval": ALWAYS}
+    for scale in (1.0, 2.0, 4.0)
+}
 COLUMNS: Columns = {
     "top1": ("name top-1", 100, 0),
     "top5": ("top-5", 100, 0),
