@@ -5,7 +5,7 @@
 A command is a line of a `shell` block that begins with `unclip` and ends with `--out
 out/paper/NAME`, or with `> out/paper/NAME` where what it prints counts. Its picture becomes
 docs/paper/NAME.webp, its tables stand between <!-- NAME --> and <!-- end -->. What was run with
-the same command and the same weights is not run again, so that an interrupted run goes on.
+the same command, weights and sampling is not run again, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,14 @@ class Command:
     def stamp(self) -> str:
         """What makes its results what they are. **Raises**: `CheckpointError` without a model."""
         models = [SHIPPED, *(word for word in self.words if word.startswith("runs/"))]
-        return "\n".join([self.line, *(f"{name} {Source(ROOT / name).hash}" for name in models)])
+        return "\n".join([self.line, *map(_made_by, models)])
+
+
+def _made_by(name: str) -> str:
+    """A model by its weights and by how its stages draw unless told otherwise."""
+    source = Source(ROOT / name)
+    drawn = {key: stored.stage.sampling.model_dump() for key, stored in source.stages.items()}
+    return f"{name} {source.hash} {drawn}"
 
 
 def commands(page: str) -> list[Command]:
