@@ -283,7 +283,7 @@ def dead_blocks(network: nn.Module) -> Iterator[list[str]]:
     """The names of residual blocks that give every picture the same, filled in at the end.
 
     Of what passes meanwhile, hardly a channel comes through a dead block's second SiLU: far below
-    zero it returns nothing and has no slope that would lead back (He et al. 2015 say it of ReLU).
+    zero it returns nothing and has no slope that would lead back (Lu et al. 2019 say it of ReLU).
     """
     dead: list[str] = []
     highest: dict[str, Tensor] = {}  # by block, of each channel so far (C',)
