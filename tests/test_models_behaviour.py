@@ -437,7 +437,7 @@ def test_unet_stays_channels_last() -> None:
 @torch.no_grad()
 def test_blocks_whose_activations_never_open_are_named_and_no_others() -> None:
     def passed(network: UNet) -> list[str]:
-        with dead_blocks(network) as dead, torch.no_grad():
+        with dead_blocks(network) as dead:
             for seed in range(2):
                 torch.manual_seed(seed)
                 network(torch.randn(2, 3, 8, 8), torch.randn(2, network.config.embed), None)
@@ -449,16 +449,15 @@ def test_blocks_whose_activations_never_open_are_named_and_no_others() -> None:
     assert passed(network) == []
     block = network.mid[1]
     width = block.conv2.in_channels
-    with torch.no_grad():
-        block.embed.weight.zero_()
-        block.embed.bias[:width], block.embed.bias[width:] = 0, -30
+    block.embed.weight.zero_()
+    block.embed.bias[:width], block.embed.bias[width:] = 0, -30
     assert passed(network) == ["mid.1"]
-    with torch.no_grad():
-        block.embed.bias[width : width + width // 4] = 0  # a quarter of the channels
+    block.embed.bias[width : width + width // 4] = 0  # a quarter of the channels
     assert passed(network) == []
     assert not block.conv2._forward_pre_hooks
 
 
+@torch.no_grad()
 def test_upsampler_takes_crops_and_larger_images() -> None:
     model = make("upsampler")
     for size in ((4, 8), (16, 12)):

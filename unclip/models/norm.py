@@ -25,9 +25,9 @@ class GroupNorm(nn.GroupNorm):
         """**Shapes**: (B, C, H, W) → same."""
         if x.is_cpu:
             if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
-                # Behind parts that aren't trained: torch's backward pass reads the gradient of x,
-                # and crashes where there is none and channels come last.
-                x = x.detach().requires_grad_()
+                # Behind parts that aren't trained, torch's backward pass crashes where channels
+                # come last: it writes the gradient of x, which there is none of.
+                x = x.contiguous()
             return super().forward(x)
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
 

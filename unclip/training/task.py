@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,15 +138,16 @@ class StageTask:
         drawing = replace(self.stage, network=model)
         with dead_blocks(model) as dead:
             out = drawing.draw(cond, self.stage.sampling, generators, null_text=null_text)
-        if not self.dead.issuperset(dead):
+        died = [name for name in dead if name not in self.dead]
+        if died and os.environ.get("RANK", "0") == "0":  # every process draws the same
             warnings.warn(
                 "residual blocks that have died, giving every picture the same: "
-                f"{', '.join(dead)}; a train.weight_decay keeps blocks alive, and train.init with "
-                "train.anew begins some anew",
+                f"{', '.join(died)}; a train.weight_decay may keep blocks alive, and train.init "
+                "with train.anew begins some anew",
                 UnclipWarning,
                 stacklevel=2,
             )
-        self.dead.update(dead)
+        self.dead.update(died)
         return out
 
 
