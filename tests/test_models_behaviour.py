@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import DataError
 from unclip.models.decoder import Decoder, DecoderConfig, LayoutConfig
-from unclip.models.layers import SHORT, DraftConfig, EmbeddingScale, ScaleConfig, attention
+from unclip.models.layers import MOST_KEYS, DraftConfig, EmbeddingScale, ScaleConfig, attention
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.transformer import TransformerConfig
 from unclip.models.unet import UNet, UNetConfig, dead_blocks, upsampled_conv
@@ -592,7 +592,7 @@ def test_a_draft_is_made_once_from_the_text_embedding_alone() -> None:
 
 
 @pytest.mark.bf16
-@pytest.mark.parametrize("keys", [20, SHORT + 1])
+@pytest.mark.parametrize("keys", [20, MOST_KEYS + 1])
 def test_low_precision_attention_is_close_and_leaves_masked_keys_out(keys: int) -> None:
     """Few keys go another way on CPUs while gradients are recorded."""
     g = torch.Generator().manual_seed(0)
