@@ -397,7 +397,7 @@ def test_jitter_moves_training_embeddings_and_no_others(model_folder):
     assert_close(seen[0].image_embed, seen[1].image_embed)
     off = (scale(seen[0].image_embed) - true).square().mean(1).sqrt()  # (B,), each its own sigma
     assert off.min() < 0.05 and 0.4 < off.max() < 0.7
-    assert_close(off.mean(), torch.tensor(0.25), rtol=0.1, atol=0)
+    assert_close(off.mean(), torch.tensor(0.5 / 3), rtol=0.15, atol=0)  # most are moved little
     plain = told_of(task.clip, task.stage, batch.images, batch.captions)
     assert_close(scale(plain.image_embed), true)
 

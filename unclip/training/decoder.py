@@ -41,6 +41,7 @@ from unclip.training.adversary import (
 from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig
+from unclip.training.misses import Misses, misses_of
 from unclip.training.start import check_lora
 from unclip.training.task import (
     PREVIEWS,
@@ -53,17 +54,21 @@ from unclip.training.task import (
     train,
 )
 
+FARTHEST = 1.2  # a prior's misses are enlarged by up to this much
+
 
 class DecoderRun(Config):
     """A training run of the decoder; `clip` names the frozen encoder.
 
     `embeddings` is a cache that has those of the training pictures by key (`unclip train embed`),
     which else the encoder makes at every step. `jitter` moves the image embeddings off the data
-    (see `jittered`), each by another share of it. `augment` moves pictures before the encoder sees
-    them, in training only: the embedding says what was done, so that nothing of it comes back
-    unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the picture (see
-    `perceived`). `lora`: only low-rank changes of that rank are trained, of the decoder in
-    `train.init`. `adversary` lets a critic judge what the decoder draws by itself.
+    (see `jittered`), by up to so much and most by little: from the farthest, a layout tells little.
+    `prior` is a trained one: half of the embeddings are moved as far as its draws are off instead,
+    and the layout learns what those mean (see `Misses`). `augment` moves pictures before the
+    encoder sees them, in training only: the embedding says what was done, so that nothing of it
+    comes back unasked. `perceptual` weighs what the encoder sees of the guess of x_0 beside the
+    picture (see `perceived`). `lora`: only low-rank changes of that rank are trained, of the
+    decoder in `train.init`. `adversary` lets a critic judge what the decoder draws by itself.
     """
 
     clip: Place
@@ -74,6 +79,7 @@ class DecoderRun(Config):
     sampling: SamplingConfig
     drop: DropConfig
     jitter: float = Field(0.0, ge=0)
+    prior: Place | None = None
     perceptual: float = Field(0.0, ge=0)
     adversary: AdversaryConfig | None = None
     augment: PlaceConfig = PlaceConfig()
@@ -98,6 +104,7 @@ class DecoderTask(StageTask):
     """Draw a picture from its own z_image and its caption, either sometimes left out."""
 
     run: DecoderRun
+    misses: Misses | None = None
 
     def __init__(self, run: DecoderRun, clip: FrozenCLIP, train: Dataset | None = None):
         super().__init__(run, clip, train)
@@ -173,14 +180,18 @@ class DecoderTask(StageTask):
         return grid([to_pil(x) for x in rows], columns=len(images))
 
     def _jittered(self, cond: Cond, ids: Tensor) -> Cond:
-        z, seed = cond.image_embed, self.run.train.seed
-        if self.run.jitter == 0 or z is None:
+        z, seed, scale = cond.image_embed, self.run.train.seed, self.stage.network.scale
+        if z is None or (self.run.jitter == 0 and self.misses is None):
             return cond
-        sigma = self.run.jitter * randomness.uniform(seed, "jitter", ids)
+        share = randomness.uniform(seed, "jitter", ids).to(z.device, non_blocking=True)  # (B,)
         noise = randomness.normal(seed, "jittered", ids, z.shape[1:])
-        sigma, noise = (part.to(z.device, non_blocking=True) for part in (sigma, noise))
-        z = jittered(self.stage.network.scale, z, sigma, noise)
-        return replace(cond, image_embed=z)
+        noise, sigma = noise.to(z.device, non_blocking=True), self.run.jitter * share.square()
+        if self.misses is not None:
+            rows = randomness.integers(seed, "missed", ids, len(self.misses.picture))
+            missed = (randomness.uniform(seed, "as a prior", ids) < 0.5).to(z.device)
+            noise = torch.where(missed[:, None], self.misses.offset(rows, scale), noise)
+            sigma = torch.where(missed, FARTHEST * share, sigma)
+        return replace(cond, image_embed=jittered(scale, z, sigma, noise))
 
 
 def open_decoder(run: DecoderRun, accelerator: Accelerator) -> tuple[Dataset, FrozenCLIP]:
@@ -204,6 +215,8 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
     dataset, clip = open_decoder(run, accelerator)
     task = DecoderTask(run, clip, dataset)
+    if run.prior is not None:
+        task.misses = misses_of(run.prior, clip, dataset, run.train, accelerator)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
@@ -211,7 +224,7 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
             seed, jitter = run.train.seed, run.jitter
             network, autocast = task.stage.network, accelerator.autocast
             moved = task.moved if run.augment != PlaceConfig() else None
-            fit_layout(network, clip, dataset, seed, jitter, autocast, moved)
+            fit_layout(network, clip, dataset, seed, jitter, autocast, moved, task.misses)
 
     tokenizer = clip.towers.tokenizer if task.stage.reads_text else None
     made = Prepared(run.train.seed, task.stage.shape, tokenizer)

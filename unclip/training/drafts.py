@@ -19,11 +19,13 @@ from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
+from unclip.training.misses import Misses, batches_of
 from unclip.training.task import embeddings_of
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
 QUANTIZER_COUNT = 50_000  # pairs on which components and dot products are
 LAYOUT_COUNT, LAYOUT_EPOCHS = 20_000, 120  # pictures, and how often each is shown
+LAYOUT_JITTER = 0.25  # of what the decoder's embeddings are moved by at most
 LAYOUT_MOVED = 40_000  # pictures where they are moved: small data several times, each differently
 DRAFT_COUNT, DRAFT_EPOCHS = 40_000, 30  # captions
 DRAFT_WORDINGS = 32  # of one picture, at most
@@ -56,29 +58,41 @@ def fit_layout(
     jitter: float = 0.0,
     autocast: Autocast = nullcontext,
     moved: Moved | None = None,
+    misses: Misses | None = None,
 ) -> None:
     """Fit a decoder's layout by itself to small pictures, by least squares of their pixels.
 
     It sees two hundred times as many pictures a second as through the U-Net, which goes on from
     here. `moved` is what training does to pictures with these numbers before they are encoded.
-    **Units**: `jitter` as in `jittered`, another share of it for every picture each time.
+    Half of each batch are `misses`, each beside the picture that it means.
+    **Units**: `jitter` as in `jittered`; up to a quarter of it for every picture each time.
     """
     layout, config = decoder.layout, decoder.config.layout
     assert layout is not None and config is not None
     device = layout.out.weight.device
     count = LAYOUT_COUNT if moved is None else LAYOUT_MOVED
-    parts = [
-        (z, resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1))
-        for z, batch in _embedded(clip, dataset, count, moved)
-    ]
+
+    def pixels(batch: Batch) -> Tensor:
+        return resize(batch.images.to(device), config.side).clamp(-1, 1).flatten(1)
+
+    parts = [(z, pixels(batch)) for z, batch in _embedded(clip, dataset, count, moved)]
     z = torch.cat([z for z, _ in parts]).to(device)  # (n, D)
     x0 = torch.cat([x for _, x in parts])  # (n, 3 s s)
+    if misses is not None:
+        drawn = misses.z_image.to(device)
+        meant, which = misses.picture.unique(return_inverse=True)
+        small = torch.cat([pixels(batch) for batch in batches_of(dataset, meant.tolist())])
+        by_prior = (torch.arange(BATCH) % 2 == 0)[:, None].to(device)
 
     def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(z), (BATCH,), generator=g).to(device)
-        sigma, noise = _jitter(jitter, z.shape[1], g)
+        sigma, noise = _jitter(LAYOUT_JITTER * jitter, z.shape[1], g)
         z_image = jittered(decoder.scale, z[rows], sigma.to(device), noise.to(device))
-        return decoder.scale(z_image), x0[rows]
+        if misses is None:
+            return decoder.scale(z_image), x0[rows]
+        other = torch.randint(len(drawn), (BATCH,), generator=g)
+        z_image = torch.where(by_prior, drawn[other.to(device)], z_image)
+        return decoder.scale(z_image), torch.where(by_prior, small[which[other]], x0[rows])
 
     shown = LAYOUT_EPOCHS * min(len(z), LAYOUT_COUNT)
     _fit("layout", layout, draw, -(-shown // BATCH), seed, autocast)
