@@ -55,7 +55,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     **Shapes**: q (B, H, N, C); k, v (B, H, M, C); mask bool, True = attend, broadcast to
     (B, H, N, M) → (B, H, N, C).
     """
-    if q.requires_grad and q.dtype == torch.bfloat16 and q.is_cpu and k.shape[2] <= MOST_KEYS:
+    on_cpu = q.is_cpu and type(q) is Tensor  # a plan's fake ones stand for a GPU's
+    if on_cpu and q.requires_grad and q.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS:
         return _by_products(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
