@@ -5,7 +5,7 @@ B batch, H and W a picture's sides, h and w those of its small copy, D CLIP embe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol
@@ -17,6 +17,7 @@ from unclip.images import crop, from_pixels
 from unclip.randomness import generator
 
 MAX_BAD = 0.05  # the share of samples, or shards, that may be unusable
+TOGETHER = 64  # samples that are read at once, where a dataset is gone through
 
 
 @dataclass(frozen=True)
@@ -125,3 +126,25 @@ class Batch:
 def fixed(dataset: Dataset, index: int, own: torch.Generator | None = None) -> Sample:
     """The middle of picture `index`, with the same wording every time unless `own` draws it."""
     return dataset.get(index, own or generator(0, "preview", index)).cut()
+
+
+def evenly(dataset: Dataset, count: int) -> range:
+    """The numbers of at most about `count` pictures, evenly over the dataset."""
+    return range(0, len(dataset), max(1, len(dataset) // count))[:count]
+
+
+def batches_of(dataset: Dataset, numbers: Sequence[int]) -> Iterator[Batch]:
+    """The pictures with these numbers, some at a time, as `fixed` has them."""
+    for first in range(0, len(numbers), TOGETHER):
+        yield Batch.of([fixed(dataset, i) for i in numbers[first : first + TOGETHER]])
+
+
+def reworded(
+    dataset: Dataset, count: int, seed: int, purpose: str
+) -> Iterator[tuple[range, Batch]]:
+    """So many draws evenly over the dataset, each with a wording of its own: their numbers, and the
+    pictures; of a small dataset several of each."""
+    for first in range(0, count, TOGETHER):
+        draws = range(first, min(first + TOGETHER, count))
+        own = {j: generator(seed, purpose, j) for j in draws}
+        yield draws, Batch.of([fixed(dataset, j * len(dataset) // count, own[j]) for j in draws])

@@ -188,7 +188,9 @@ class DecoderTask(StageTask):
         noise, sigma = noise.to(z.device, non_blocking=True), self.run.jitter * share.square()
         if self.misses is not None:
             rows = randomness.integers(seed, "missed", ids, len(self.misses.picture))
-            missed = (randomness.uniform(seed, "as a prior", ids) < 0.5).to(z.device)
+            missed = (randomness.uniform(seed, "as a prior", ids) < 0.5).to(
+                z.device, non_blocking=True
+            )
             noise = torch.where(missed[:, None], self.misses.offset(rows, scale), noise)
             sigma = torch.where(missed, FARTHEST * share, sigma)
         return replace(cond, image_embed=jittered(scale, z, sigma, noise))

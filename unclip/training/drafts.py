@@ -12,14 +12,14 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
-from unclip.data.sample import Batch, Dataset, fixed
+from unclip.data.sample import TOGETHER, Batch, Dataset, batches_of, evenly, fixed, reworded
 from unclip.images import resize
 from unclip.models.ar_prior import Quantizer
 from unclip.models.decoder import Decoder
 from unclip.models.layers import Draft, EmbeddingScale
 from unclip.models.prior import DiffusionPrior
 from unclip.progress import progress_bar
-from unclip.training.misses import Misses, batches_of
+from unclip.training.misses import Misses
 from unclip.training.task import embeddings_of
 
 STATISTICS_COUNT = 2048  # pictures on which the mean and deviation of embeddings are measured
@@ -183,11 +183,11 @@ def _embedded(
 ) -> Iterator[tuple[Tensor, Batch]]:
     """At most about `count` samples with their embeddings, evenly over the dataset; where they are
     `moved`, a smaller dataset again and again."""
-    chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
+    chosen = evenly(dataset, count)
     if moved is not None and len(dataset) < count:
         chosen = range(count)
-    for start in range(0, len(chosen), 64):
-        numbers = chosen[start : start + 64]
+    for start in range(0, len(chosen), TOGETHER):
+        numbers = chosen[start : start + TOGETHER]
         batch = Batch.of([fixed(dataset, i % len(dataset)) for i in numbers])
         if moved is not None:
             batch = replace(batch, pixels=moved(batch.images, torch.tensor(numbers)), z_image=None)
@@ -198,8 +198,5 @@ def _paired(
     clip: FrozenCLIP, dataset: Dataset, seed: int, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings (n, D) of `count` pictures and of their captions, evenly over the dataset."""
-    for start in range(0, count, 64):
-        numbers = range(start, min(start + 64, count))
-        own = {j: randomness.generator(seed, "draft caption", j) for j in numbers}
-        batch = Batch.of([fixed(dataset, j * len(dataset) // count, own[j]) for j in numbers])
+    for _, batch in reworded(dataset, count, seed, "draft caption"):
         yield embeddings_of(clip, batch), clip.encode_text(batch.captions).embed.float()

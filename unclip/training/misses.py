@@ -6,7 +6,6 @@ n draws, N pictures, D CLIP embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +18,10 @@ from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.conditioning import Cond
-from unclip.data.sample import Batch, Dataset, fixed
+from unclip.data.sample import TOGETHER, Dataset, batches_of, evenly, reworded
 from unclip.errors import CheckpointError
 from unclip.files.checkpoints import newest_checkpoint
+from unclip.files.disk import replacing
 from unclip.models.layers import EmbeddingScale
 from unclip.progress import progress_bar
 from unclip.sources import Source
@@ -32,7 +32,6 @@ from unclip.training.task import embeddings_of
 
 DRAWS, PICTURES = 30_000, 20_000  # at most so many pictures, which draws are compared with
 COMPARED = 1000  # of them, whose distances to the others say how far is far
-TOGETHER = 64
 FILE = "misses.safetensors"
 
 
@@ -52,12 +51,6 @@ class Misses(NamedTuple):
         """How far off these are on a scale. **Shapes**: rows (B,) → (B, D)."""
         z_image, true = (part[rows].to(scale.mean.device, non_blocking=True) for part in self[:2])
         return scale(z_image) - scale(true)
-
-
-def batches_of(dataset: Dataset, numbers: Sequence[int]) -> Iterator[Batch]:
-    """The pictures with these numbers, some at a time."""
-    for first in range(0, len(numbers), TOGETHER):
-        yield Batch.of([fixed(dataset, i) for i in numbers[first : first + TOGETHER]])
 
 
 def open_prior(name: str, clip: FrozenCLIP) -> Stage:
@@ -84,10 +77,8 @@ def misses_of(
     def measure() -> None:
         if newest_checkpoint(file.parent, training=True) is None or not file.is_file():
             found = measure_misses(open_prior(prior, clip), clip, dataset, train.seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            save_file(found._asdict(), part)
-            part.replace(file)
+            with replacing(file) as temporary:
+                save_file(found._asdict(), temporary)
 
     on_main(accelerator, measure)
     return Misses(**load_file(file))
@@ -99,17 +90,14 @@ def measure_misses(prior: Stage, clip: FrozenCLIP, dataset: Dataset, seed: int) 
 
     **Raises**: `CheckpointError` if no draw is near any picture.
     """
-    pictures = range(0, len(dataset), max(1, len(dataset) // PICTURES))[:PICTURES]
+    pictures = evenly(dataset, PICTURES)
     true = torch.cat([embeddings_of(clip, batch) for batch in batches_of(dataset, pictures)])
     scale, numbers = prior.network.scale, torch.tensor(pictures)
     there = scale(true)  # (N, D)
     far, found = usual_distance(there), []
-    for first in progress_bar(range(0, DRAWS, TOGETHER), "misses"):
-        rows = range(first, min(first + TOGETHER, DRAWS))
-        own = [randomness.generator(seed, "missed caption", j) for j in rows]
-        at = [j * len(dataset) // DRAWS for j in rows]
-        captions = [fixed(dataset, i, g).caption for i, g in zip(at, own, strict=True)]
-        text = Cond(text=clip.encode_text(captions))
+    draws = reworded(dataset, DRAWS, seed, "missed caption")
+    for rows, batch in progress_bar(draws, "misses", -(-DRAWS // TOGETHER)):
+        text = Cond(text=clip.encode_text(batch.captions))
         generators = [randomness.generator(seed, "missed", j) for j in rows]
         drawn = prior.draw(text, prior.sampling, generators, null_text=clip.null_text)
         distance, nearest = torch.cdist(drawn, there).min(1)
