@@ -17,7 +17,7 @@ from unclip import randomness
 from unclip.clip.encoder import FrozenCLIP
 from unclip.data.open import open_dataset
 from unclip.data.sample import fixed
-from unclip.errors import CheckpointError
+from unclip.errors import CheckpointError, ConfigError
 from unclip.files.checkpoints import newest_checkpoint
 from unclip.images import resize
 from unclip.models.layers import EmbeddingScale, ScaleConfig
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_the_misses_it_began_with(
     assert run.prior is not None
     train_decoder(run, accelerator)
     folder = Path(run.train.out)
-    began = misses_of(run.prior, clip, dataset, run.train, accelerator)
+    began = misses_of(run.prior, clip, dataset, run.train, accelerator, folder / "step-2")
     assert len(began.picture) == 96
     monkeypatch.setattr(module, "measure_misses", None)  # not again
     longer = run.train.model_copy(update={"steps": 3})
@@ -159,10 +159,21 @@ def test_a_run_goes_on_with_the_misses_it_began_with(
     assert newest.name == "step-3"
 
 
+def test_a_run_without_a_prior_is_not_given_one_later(
+    run: DecoderRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is measured, which takes minutes."""
+    accelerator = Accelerator(cpu=True)
+    train_decoder(run.model_copy(update={"prior": None}), accelerator)
+    monkeypatch.setattr(module, "measure_misses", None)
+    with pytest.raises(ConfigError, match=r"a run with prior = None, not"):
+        train_decoder(run, accelerator)
+
+
 def test_a_prior_of_another_encoder_is_refused(run: DecoderRun, clip: FrozenCLIP) -> None:
     other = clip.fingerprint.model_copy(update={"name": "another", "context": 99})
     clip.__dict__["fingerprint"] = other
     dataset = run.data.open(run.data.train)
     assert run.prior is not None
     with pytest.raises(CheckpointError, match=r"prior = .*different CLIP encoders"):
-        misses_of(run.prior, clip, dataset, run.train, Accelerator(cpu=True))
+        misses_of(run.prior, clip, dataset, run.train, Accelerator(cpu=True), None)

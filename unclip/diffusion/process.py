@@ -135,7 +135,7 @@ class GaussianDiffusion:
 
     def loss(
         self,
-        model: Denoiser,
+        model: Callable[[Tensor, Tensor, Cond], Tensor],
         x0: Tensor,
         cond: Cond,
         t: Tensor,

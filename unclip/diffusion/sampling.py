@@ -34,7 +34,7 @@ class SamplingConfig(Config):
     interval: tuple[float, float] | None = None
     eta: float = Field(0.0, ge=0, le=1)
     clip: float | None = 1.0
-    time_shift: float = Field(0.0, ge=0, le=0.5)
+    time_shift: float = Field(default=0.0, ge=0, le=0.5)
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:

@@ -54,7 +54,7 @@ class Head(nn.Module):
         self.out = nn.Conv2d(width, 1, 1)
         self.told = nn.Linear(embed, width)
         with torch.no_grad():  # small weights on large inputs: the same steps go further
-            for part in self.children():
+            for part in (self.into, self.around, self.out, self.told):
                 part.weight.div_(RATE)
 
     def forward(self, seen: Tensor, z: Tensor) -> Tensor:

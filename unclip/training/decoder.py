@@ -217,8 +217,10 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
     dataset, clip = open_decoder(run, accelerator)
     task = DecoderTask(run, clip, dataset)
-    if run.prior is not None:
-        task.misses = misses_of(run.prior, clip, dataset, run.train, accelerator)
+
+    def prepare(newest: Path | None) -> None:
+        if run.prior is not None:
+            task.misses = misses_of(run.prior, clip, dataset, run.train, accelerator, newest)
 
     def begin() -> None:
         fit_scale(task.stage.network.scale, clip, dataset)
@@ -230,4 +232,4 @@ def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
 
     tokenizer = clip.towers.tokenizer if task.stage.reads_text else None
     made = Prepared(run.train.seed, task.stage.shape, tokenizer)
-    return train(task, run, dataset, accelerator, made, begin)
+    return train(task, run, dataset, accelerator, made, begin, prepare)

@@ -135,6 +135,7 @@ def fit(
     accelerator: Accelerator,
     begin: Callable[[], None] | None = None,
     held_out: Callable[[nn.Module], dict[str, float]] | None = None,
+    prepare: Callable[[Path | None], None] | None = None,
 ) -> Path:
     """Train to `config.steps`, resuming from the run folder; the newest checkpoint's folder.
 
@@ -142,8 +143,9 @@ def fit(
     each step, without end. `begin` prepares the model of a run that starts from nothing, where it
     will train; the first process does that, and wrapping the model gives all of them what is there.
     `held_out` says what the averaged model makes of data that it is not trained on, beside each
-    preview and as that on every process. SIGTERM, SIGUSR1 or SIGINT saves after the current step
-    and returns.
+    preview and as that on every process. `prepare` is called on each before any of that, once the
+    folder is known to be this run's, with the checkpoint to go on from if there is one. SIGTERM,
+    SIGUSR1 or SIGINT saves after the current step and returns.
 
     **Raises**: `ConfigError` if the run folder belongs to another configuration, another training
     is writing to it or a pattern in `config.only` or `config.anew` matches nothing,
@@ -153,6 +155,8 @@ def fit(
     run = Path(config.out)
     with locked(accelerator, run), full_disk_explained(run):
         newest = on_main(accelerator, lambda: open_run(run, resolved))
+        if prepare is not None:
+            prepare(newest)
         _make_ready(task, config, accelerator, newest, begin)
         shares = accelerator.num_processes if sharding.asked() else 1
         wrap = sharding.shard if shares > 1 else Accelerator.prepare_model

@@ -20,7 +20,6 @@ from unclip.clip.fingerprint import check_same_encoder
 from unclip.conditioning import Cond
 from unclip.data.sample import TOGETHER, Dataset, batches_of, evenly, reworded
 from unclip.errors import CheckpointError
-from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.disk import replacing
 from unclip.models.layers import EmbeddingScale
 from unclip.progress import progress_bar
@@ -65,9 +64,14 @@ def open_prior(name: str, clip: FrozenCLIP) -> Stage:
 
 
 def misses_of(
-    prior: str, clip: FrozenCLIP, dataset: Dataset, train: TrainConfig, accelerator: Accelerator
+    prior: str,
+    clip: FrozenCLIP,
+    dataset: Dataset,
+    train: TrainConfig,
+    accelerator: Accelerator,
+    newest: Path | None,
 ) -> Misses:
-    """Those in the run's folder, which it goes on with; measured where a run begins.
+    """Those in the run's folder, if it goes on from a checkpoint; measured where a run begins.
 
     **Raises**: `CheckpointError` if there is no such prior or it is another encoder's, or none of
     its draws is near any picture.
@@ -75,7 +79,7 @@ def misses_of(
     file = Path(train.out) / FILE
 
     def measure() -> None:
-        if newest_checkpoint(file.parent, training=True) is None or not file.is_file():
+        if newest is None or not file.is_file():
             found = measure_misses(open_prior(prior, clip), clip, dataset, train.seed)
             with replacing(file) as temporary:
                 save_file(found._asdict(), temporary)

@@ -158,6 +158,7 @@ def train(
     accelerator: Accelerator,
     made: Callable[[Batch], Batch] | None = None,
     begin: Callable[[], None] | None = None,
+    prepare: Callable[[Path | None], None] | None = None,
 ) -> Path:
     """`fit` on this process's part of a dataset, `made` as in `batches`.
 
@@ -191,7 +192,8 @@ def train(
         return means_of(sums, accelerator)
 
     measured = isinstance(task, StageTask) and run.data.val is not None
-    return fit(task, stream, run.train, run, accelerator, begin, held_out if measured else None)
+    said = held_out if measured else None
+    return fit(task, stream, run.train, run, accelerator, begin, said, prepare)
 
 
 @dataclass(frozen=True)
