@@ -112,11 +112,17 @@ def test_signal_saves_and_stops_and_the_run_continues(
 
 def test_a_signal_after_some_time_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unclip.training.run.REPEATS", 0.0)
-    with pytest.raises(KeyboardInterrupt), stop_signal() as stopped:
-        signal.raise_signal(signal.SIGINT)
-        assert stopped.is_set()
-        time.sleep(0.01)
-        signal.raise_signal(signal.SIGINT)
+    reached: list[int] = []
+    usual = signal.signal(signal.SIGUSR1, lambda number, frame: reached.append(number))
+    try:
+        with stop_signal() as stopped:
+            signal.raise_signal(signal.SIGUSR1)
+            assert stopped.is_set() and not reached
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGUSR1)
+            assert reached == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
 
 
 def test_what_may_add_in_any_order_does_so_in_previews_alone(
