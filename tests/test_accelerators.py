@@ -57,10 +57,10 @@ def configured(what: str, clip: str, out: Path, precision: str) -> Any:
     if what == "decoder":
         more = ["model.layout={side: 8, width: 32}", "model.unet.checkpointing=true"]
         more += ["jitter=0.1", "perceptual=0.1", "train.accumulate=2", "model.unet.multiple=[1, 2]"]
-        more += ["model.unet.attention=[false, true]"]
+        more += ["model.unet.attention=[false, true]", "augment={flip: 0.5}"]
         return tiny("decoder", clip, *common, *more)
     if what == "adversary":
-        return tiny("decoder", clip, *common, "adversary={share: 0.5}")
+        return tiny("decoder", clip, *common, "train.batch=8", "adversary={share: 0.5}")
     if what == "prior":
         return tiny("prior", clip, *common, "model.draft={width: 32}")
     return tiny("upsampler_64", clip, *common, f"degradation={what}", "degraded=1")
@@ -166,6 +166,7 @@ def found(printed: str) -> dict[str, Any]:
     [
         ("decoder", "fp32"),
         ("decoder", "bf16"),
+        ("adversary", "fp32"),
         ("prior", "bf16"),
         ("blur", "bf16"),
         ("bsr", "fp32"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -202,6 +203,19 @@ def test_one_tower_in_two_formats_is_one_encoder(
         assert {x.shape[2:] for x in seen} == {(4, 4)}
     for x, y in zip(theirs.features(pictures()), ours.features(pictures()), strict=True):
         torch.testing.assert_close(x, y, **EXACT)
+
+
+def test_a_gradient_comes_through_half_precision_however_small(theirs: FrozenCLIP) -> None:
+    """A sample's share of the mean of a large batch is less than float16 can say."""
+    gradients = []
+    for clip in (theirs, copy.deepcopy(theirs).to(torch.float16)):
+        x = pictures().requires_grad_()
+        error = sum(seen.float().square().mean() for seen in clip.features(x)) / 2**24
+        gradients += torch.autograd.grad(error, [x])
+    exact, half = (x.flatten().double() for x in gradients)
+    assert 0 < exact.abs().max() < 2**-24
+    assert 0.99 < half.norm() / exact.norm() < 1.01
+    assert torch.cosine_similarity(exact, half, dim=0) > 0.99
 
 
 def test_stage_of_a_transformers_encoder_loads_equal(theirs: FrozenCLIP, tmp_path: Path) -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from processes import script, together
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unclip.clip.contrastive import contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.config import load_config
 from unclip.data.open import open_dataset
+from unclip.data.sample import Batch, fixed
+from unclip.errors import ConfigError
 from unclip.training.augment import PlaceConfig, place
-from unclip.training.clip import ClipRun, ClipTask, drop_words
+from unclip.training.clip import ClipRun, ClipTask, drop_words, train_clip
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,12 +40,6 @@ def test_contrastive_loss_is_its_closed_form() -> None:
     own = scores.diagonal()
     expected = -((own / scores.sum(1)).log() + (own / scores.sum(0)).log()) / 2
     torch.testing.assert_close(found, expected.float())
-
-
-def test_scale_is_limited() -> None:
-    z_image, z_text, ids = unit(0), unit(1), torch.arange(8)[:, None]
-    a, b = (contrastive_loss(z_image, z_text, ids, torch.tensor(s))["loss"] for s in (100.0, 1e4))
-    torch.testing.assert_close(a, b)
 
 
 def test_equal_captions_are_no_negatives() -> None:
@@ -124,6 +125,59 @@ def test_dropped_words_leave_start_end_and_padding() -> None:
     assert torch.equal(dropped[0], ids[0])  # only the start and the end
     assert dropped[1].tolist() == [1, 0, 0, 0, 5, 6, 7, 8]
     assert dropped[2].tolist() == [1, 0, 0, 0, 0, 0, 0, 8]
+
+
+def small(out: Path, layers: str = "[1, 1, 1, 1]") -> ClipRun:
+    """A training on a few shapes: of a ResNet, or of a ViT of so many layers."""
+    overrides = [f"train.out={out}", "train.steps=4", "train.save_every=4", "train.batch=8"]
+    overrides += ["train.precision=fp32", "data.train=shapes:val", "data.val=null"]
+    overrides += ["model.text_cfg.layers=1", f"model.vision_cfg.layers={layers}"]
+    overrides += ["model.vision_cfg.width=16", "model.vision_cfg.head_width=16"]
+    return load_config(ROOT / "configs/shapes/clip.yaml", overrides, ClipRun)
+
+
+def test_a_logit_scale_beyond_its_bound_comes_back(tmp_path: Path) -> None:
+    run = small(tmp_path)
+    data = open_dataset("shapes:val", run.data.resolution)
+    task = ClipTask(run, data, None)
+    logit_scale = task.towers.model.logit_scale
+    with torch.no_grad():
+        logit_scale.fill_(math.log(1e4))
+    batch = Batch.of([fixed(data, i) for i in range(8)])
+    task.loss(task.model, batch, 0)["loss"].mean().backward()
+    assert math.isclose(logit_scale.item(), math.log(100), rel_tol=1e-6)
+    assert logit_scale.grad is not None and logit_scale.grad.abs() > 0
+
+
+def test_batch_norms_see_the_whole_batch_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    monkeypatch.setattr("unclip.training.clip.train", lambda task, *_: trained.append(task))
+    several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="ResNet can't be computed over several"):
+        train_clip(small(tmp_path), several)  # type: ignore[arg-type]
+    train_clip(small(tmp_path, "1"), several)  # type: ignore[arg-type]
+    several.device = torch.device("cuda")
+    train_clip(small(tmp_path), several)  # type: ignore[arg-type]
+    norms = [m for m in trained[1].product.modules() if isinstance(m, _BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+def test_a_skipped_batch_leaves_nothing_in_the_norms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ClipTask.loss
+
+    def loss(self: ClipTask, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        if step == 2:
+            batch = replace(batch, pixels=batch.images * torch.inf)
+        return plain(self, model, batch, step)
+
+    monkeypatch.setattr(ClipTask, "loss", loss)
+    train_clip(small(tmp_path / "run"), Accelerator(cpu=True))
+    clip = FrozenCLIP.load(str(tmp_path / "run"))
+    assert clip.encode_image(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
 @pytest.mark.parametrize("path", ["emoji/clip", "emoji/judge", "shapes/clip"])

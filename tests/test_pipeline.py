@@ -562,3 +562,11 @@ def test_models_that_name_settings_which_are_gone_still_load(model_folder, tmp_p
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="threshold"):
         UnCLIP.from_pretrained(tmp_path / "old")
+
+
+def test_what_is_no_number_is_an_error_and_no_black_picture():
+    pipe = tiny_pipeline()
+    for parameter in pipe.decoder.network.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match=r"decoder drew numbers that are not finite.*fp32"):
+        pipe.text_to_image("a red apple", size=16)

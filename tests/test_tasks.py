@@ -8,8 +8,9 @@ import pickle
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from unclip.conditioning import TextEncoding
 from unclip.config import load_config
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
-from unclip.data.sample import Sample, fixed
+from unclip.data.sample import Batch, Sample, fixed
 from unclip.errors import ConfigError
 from unclip.files.tensors import TensorFile
 from unclip.images import resize
@@ -39,7 +40,7 @@ from unclip.training.decoder import DecoderRun, DecoderTask, train_decoder
 from unclip.training.drafts import fit_draft, fit_layout, fit_scale, jittered
 from unclip.training.prior import PriorRun, PriorTask
 from unclip.training.start import start_from
-from unclip.training.task import Prepared, Shown, draw, told_of
+from unclip.training.task import Prepared, Shown, draw, embeddings_of, told_of
 from unclip.training.upsampler import Redrawn, Shrunk, UpsamplerRun, UpsamplerTask
 
 ROOT = Path(__file__).parents[1]
@@ -458,24 +459,39 @@ def test_an_upsampler_sees_a_low_resolution_copy_of_its_own_crop():
     assert_close(other, degraded(batch).low_res, rtol=0, atol=0)
 
 
+def test_embeddings_of_a_cache_go_where_the_encoder_is():
+    there = SimpleNamespace(device=torch.device("meta"))
+    batch = Batch(["a red apple"], torch.tensor([0]), z_image=torch.zeros(1, 4))
+    assert embeddings_of(there, batch).device.type == "meta"
+
+
+def batch_of(batch, rows):
+    """Those rows of it."""
+    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return Batch(**{name: part if part is None else part[rows] for name, part in parts.items()})
+
+
 def test_an_upsampler_meets_what_the_decoder_draws_on_its_pictures(model_folder):
     accelerator = Accelerator(cpu=True)
     sizes = ["model.low=16", "model.high=32", "data.resolution=32", "data.crop=null", "degraded=0"]
     share = f"redrawn={{model: '{model_folder}', share: 0.6, level: 0.9}}"
     run = tiny("upsampler_64", None, *sizes, share, "train.batch=16")
     batch, redrawn = Shrunk(run)(first_batch(run)), Redrawn(run, accelerator)
-    low = redrawn(batch)
+    low = redrawn(batch, 3)
     drawn = (low != batch.low_res).flatten(1).any(1)
     share_drawn = randomness.uniform(run.train.seed, "redrawn", batch.ids) < 0.6
     assert torch.equal(drawn, share_drawn) and 0 < drawn.sum() < 16
-    assert torch.equal(redrawn(batch), low)
+    assert torch.equal(redrawn(batch, 3), low)
+    halves = [batch_of(batch, part) for part in (slice(8), slice(8, 16))]  # as two processes have
+    assert_close(torch.cat([redrawn(half, 3) for half in halves]), low, rtol=0, atol=1e-5)
+    assert not torch.allclose(redrawn(batch, 4)[drawn], low[drawn])
     alone = replace(batch, captions=["green circles"] * 16)
-    assert torch.equal(redrawn(alone)[~drawn], low[~drawn])
-    assert not torch.allclose(redrawn(alone)[drawn], low[drawn])  # it is told the caption
+    assert torch.equal(redrawn(alone, 3)[~drawn], low[~drawn])
+    assert not torch.allclose(redrawn(alone, 3)[drawn], low[drawn])  # it is told the caption
     # A decoder that knows the answer draws the picture itself, from whatever level.
     x0 = resize(batch.images, 16).clamp(-1, 1)
     redrawn.decoder = replace(redrawn.decoder, network=Knows(x0[drawn], redrawn.decoder))
-    assert_close(redrawn(batch), torch.where(drawn[:, None, None, None], x0, batch.low_res))
+    assert_close(redrawn(batch, 3), torch.where(drawn[:, None, None, None], x0, batch.low_res))
     with pytest.raises(ConfigError, match=r"draws 16 px, but model\.low = 32"):
         Redrawn(tiny("upsampler_64", None, "data.crop=null", share), accelerator)
     with pytest.raises(ConfigError, match="whole pictures"):

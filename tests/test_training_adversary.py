@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_tasks import first_batch, tiny
+from test_tasks import batch_of, first_batch, tiny
 from torch.testing import assert_close
 
 from unclip.clip.encoder import FrozenCLIP
@@ -79,6 +79,16 @@ def test_drawn_samples_count_by_verdict_and_error_and_the_others_as_ever(
     usual = plain.loss(plain.model, batch, 0)
     assert_close(found["loss"][rest], usual["loss"][rest], rtol=1e-4, atol=1e-5)
     assert found["mse_q0"][drawn].isnan().all()
+
+
+def test_halves_of_a_batch_are_drawn_as_the_whole_is(model_folder: Path) -> None:
+    """As far, whatever process or micro-batch they come in."""
+    task, batch = contested(model_folder)
+    for step in range(3):
+        whole = task.loss(task.model, batch, step)["loss"]
+        halves = [batch_of(batch, rows) for rows in (slice(4), slice(4, 8))]
+        parts = torch.cat([task.loss(task.model, half, step)["loss"] for half in halves])
+        assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_verdict_moves_the_drawing_and_an_error_does_not(model_folder: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from unclip.files.folder import read_stage_config, write_stage
 from unclip.files.tensors import TensorFile
 from unclip.training.fit import TrainConfig, fit, learning_rate
 from unclip.training.optimizer import build_optimizer
+from unclip.training.run import stop_signal
 from unclip.training.start import start_from
 
 
@@ -97,6 +99,7 @@ def test_signal_saves_and_stops_and_the_run_continues(
         def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, torch.Tensor]:
             if step == 6:
                 os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # torchrun passes on what SLURM told everyone
             return super().loss(model, batch, step)
 
     settings = config(tmp_path / "a")
@@ -105,6 +108,45 @@ def test_signal_saves_and_stops_and_the_run_continues(
     assert signal.getsignal(number) == handler
     straight = run(config(tmp_path / "b"))
     assert_same_checkpoint(run(settings), straight)
+
+
+def test_a_signal_after_some_time_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unclip.training.run.REPEATS", 0.0)
+    reached: list[int] = []
+    usual = signal.signal(signal.SIGUSR1, lambda number, frame: reached.append(number))
+    try:
+        with stop_signal() as stopped:
+            signal.raise_signal(signal.SIGUSR1)
+            assert stopped.is_set() and not reached
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGUSR1)
+            assert reached == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+
+
+def test_what_may_add_in_any_order_does_so_in_previews_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The autoregressive prior's drawings need sums that torch has no order for on GPUs."""
+    asked = []
+
+    class Watched(TinyTask):
+        def loss(self, model: nn.Module, batch: TinyBatch, step: int) -> dict[str, torch.Tensor]:
+            asked.append(("loss", torch.are_deterministic_algorithms_enabled()))
+            return super().loss(model, batch, step)
+
+        def preview(self, model: nn.Module) -> Image.Image | None:
+            asked.append(("preview", torch.are_deterministic_algorithms_enabled()))
+            return super().preview(model)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        settings = config(tmp_path, steps=2)
+        run(settings, Watched(settings))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(asked) == {("loss", True), ("preview", False)}
 
 
 def test_previews_change_nothing(tmp_path: Path) -> None:

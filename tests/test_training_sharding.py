@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from processes import script, together
 from test_tasks import tiny
+from test_training_ar_prior import tiny as tiny_ar_prior
 from test_training_launch import assert_same_lines, lines
 from torch.testing import assert_close
 
@@ -19,11 +21,17 @@ from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.tensors import TensorFile
 from unclip.stages.stored import read_stage
 from unclip.training import drafts, sharding
+from unclip.training.ar_prior import train_ar_prior
 from unclip.training.decoder import train_decoder
 from unclip.training.prior import train_prior
 from unclip.training.upsampler import train_upsampler
 
-TRAINERS = {"decoder": train_decoder, "prior": train_prior, "upsampler_64": train_upsampler}
+TRAINERS = {
+    "decoder": train_decoder,
+    "prior": train_prior,
+    "ar_prior": train_ar_prior,
+    "upsampler_64": train_upsampler,
+}
 # Previews between the steps, because averages change places with the weights there.
 STEPS = ["train.steps=4", "train.save_every=2", "train.sample_every=2", "train.log_every=1"]
 STEPS += [
@@ -48,17 +56,22 @@ FSDP2 = {sharding.ASKED: "true", sharding.VERSION: "2"}  # what the launcher say
 
 
 def configured(stage: str, clip: Path, out: Path, *more: str) -> Any:
+    if stage == "ar_prior":
+        own = ("train.batch", "train.precision", "sampling.steps")  # it says these itself
+        steps = [step for step in STEPS if not step.startswith(own)]
+        return tiny_ar_prior(clip, *steps, "data.train=shapes:val", f"train.out={out}", *more)
     return tiny(stage, clip, *STEPS, *MORE[stage], f"train.out={out}", *more)
 
 
 @pytest.fixture(autouse=True)
 def few_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "DRAFT_COUNT", 256)
+    monkeypatch.setattr(drafts, "QUANTIZER_COUNT", 128)
 
 
 def trainer(stage: str, config: Path) -> None:
-    drafts.DRAFT_COUNT = 256
-    script(f"train/{stage.split('_')[0]}.py", str(config))
+    drafts.DRAFT_COUNT, drafts.QUANTIZER_COUNT = 256, 128
+    script(f"train/{stage.removesuffix('_64')}.py", str(config))
 
 
 def alone(stage: str, clip: Path, out: Path, *more: str) -> None:
@@ -151,6 +164,18 @@ def test_the_older_kind_of_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) 
         sharding.asked()
     monkeypatch.setenv(sharding.VERSION, "2")
     assert sharding.asked()
+
+
+def test_a_critic_is_not_shared_out(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn needs the decoder whole, outside of the step."""
+    monkeypatch.setenv(sharding.ASKED, "true")
+    monkeypatch.setenv(sharding.VERSION, "2")
+    run = tiny("decoder", model_folder, "adversary={share: 0.5}", f"train.out={tmp_path}")
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(ConfigError, match=r"adversary can't be shared out; .*ddp_8"):
+        train_decoder(run, two)  # type: ignore[arg-type]
 
 
 def test_a_model_with_a_single_number_can_not_be_shared_out() -> None:

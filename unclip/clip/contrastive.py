@@ -30,7 +30,7 @@ def contrastive_loss(
     own = torch.arange(len(ids), device=ids.device) + _rank() * len(ids)
     same = (ids[:, None] == all_ids[None]).all(-1)  # (B, G)
     same[torch.arange(len(ids), device=ids.device), own] = False
-    scale = scale.float().clamp(max=MAX_SCALE)
+    scale = scale.float()
     # Softmax over hundreds of candidates needs float32 whatever the towers run in.
     by_image = (scale * z_image.float() @ all_text.float().T).masked_fill(same, -torch.inf)
     by_text = (scale * z_text.float() @ all_image.float().T).masked_fill(same, -torch.inf)

@@ -23,6 +23,23 @@ from unclip.conditioning import TextEncoding
 from unclip.files.folder import write_stage
 from unclip.images import to_rgb, to_tensor
 
+# Gradients on their way through float16, which knows nothing below 6e-8: a sample's share of a
+# batch's mean is often less.
+RAISED = 2.0**14
+
+
+class _Scaled(torch.autograd.Function):
+    """A tensor as it is, and its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * gradient, None
+
 
 class FrozenCLIP(nn.Module):
     """CLIP's towers, frozen, in evaluation mode, with their own preprocessing and tokenizer.
@@ -97,11 +114,14 @@ class FrozenCLIP(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """What the image tower sees of pictures, stage by stage; its gradient reaches the pictures.
 
-        **Shapes**: (B, 3, H, W) of any size → (B, C, h, w) for each of its stages or blocks.
-        **Units**: pixels in [-1, 1].
+        **Shapes**: (B, 3, H, W) of any size → (B, C, h, w) for each of its stages or blocks, in
+        float32 where the towers are in float16. **Units**: pixels in [-1, 1].
         """
         with self._own_precision():
-            return self.towers.features(self._seen(images))
+            if self.dtype != torch.float16:
+                return self.towers.features(self._seen(images))
+            seen = self._seen(_Scaled.apply(images.float(), 1 / RAISED))
+            return [_Scaled.apply(x.float(), RAISED) for x in self.towers.features(seen)]
 
     def _seen(self, images: Tensor) -> Tensor:
         """Pictures as the tower wants them. **Shapes**: (B, 3, H, W) → (B, 3, R, R)."""

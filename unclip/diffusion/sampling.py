@@ -79,7 +79,7 @@ def denoise(
     scheduler, timesteps = make_scheduler(diffusion, config.sampler, config.steps, levels)
     noise: dict[str, Any] = {"generator": list(generators)}
     if config.sampler == "ddim":
-        noise["eta"] = config.eta
+        noise = {"eta": config.eta}
     elif config.sampler == "unipc":
         noise = {}
     x = x_T
@@ -90,6 +90,9 @@ def denoise(
             given = x0
             if variance is not None and config.sampler == "ddpm":
                 given = torch.cat([x0, variance], 1)  # the scheduler splits it off again
+            if noise.get("eta"):  # drawn here: the scheduler would wait for it
+                fresh = noise_of(generators, x.shape[1:])
+                noise["variance_noise"] = fresh.to(x.device, non_blocking=True)
             x = scheduler.step(given, index, x, **noise, return_dict=False)[0]
             if after is not None:
                 x = after(x, then)

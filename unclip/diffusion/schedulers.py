@@ -42,6 +42,18 @@ class Ancestral(UnCLIPScheduler):
         return super().step(x0, timestep, sample, **options)
 
 
+class Implicit(DDIMScheduler):
+    """DDIM. With all its noise, rounding of the first step's variance may leave less than nothing
+    for the direction to x_t, whose square root is no number: then that is nothing."""
+
+    def _get_variance(self, timestep: Tensor, prev_timestep: Tensor) -> Tensor:
+        variance: Tensor = super()._get_variance(timestep, prev_timestep)
+        if prev_timestep < 0:
+            return variance
+        room: Tensor = 1 - self.alphas_cumprod[prev_timestep]
+        return variance if room - (variance**0.5) ** 2 >= 0 else room * (1 - 2**-22)
+
+
 def check_sampler(
     diffusion: GaussianDiffusion, sampler: str, steps: int, levels: int | None = None
 ) -> None:
@@ -101,7 +113,7 @@ def make_scheduler(
         kept = torch.arange(steps, 0, -1, dtype=torch.float64).mul(total / steps).round().long() - 1
         alpha_bar = diffusion.alpha_bar[kept.flip(0)]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        scheduler = DDIMScheduler(
+        scheduler = Implicit(
             num_train_timesteps=steps,
             trained_betas=(1 - alpha_bar / previous).tolist(),
             clip_sample=False,

@@ -172,7 +172,7 @@ class ArPrior(nn.Module):
         table = self.dot if place == 0 else self.component
         x = table(token) + self.position[self.config.context + 1 + place]  # (B, W)
         mask = F.pad(mask, (0, 1), value=True)  # (B, 1, 1, P + 1)
-        x, past = self.transformer.extend(x[:, None], mask, past)  # (B, 1, W)
+        x, past = self.transformer.advance(x[:, None], mask, past)  # (B, 1, W)
         return self.out(x[:, 0]), replace(cond, cache=TextCache(past, mask))
 
     def _embed(self, before: Tensor, dot: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
             x, _ = run(block, x, mask, before, checkpointing=self.config.checkpointing)
         return self.norm(x)  # (B, N, W)
 
-    def extend(
+    def advance(
         self, x: Tensor, mask: Tensor | None, past: list[KeyValue]
     ) -> tuple[Tensor, list[KeyValue]]:
         """The next positions, and the keys and values of all: decoding one by one.

@@ -17,6 +17,7 @@ from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.diffusion.sampling import SamplingConfig, denoise
 from unclip.diffusion.tiling import Tiled
+from unclip.errors import CheckpointError
 from unclip.files.folder import WEIGHTS_LAST, write_stage
 from unclip.files.tensors import write_tensors
 from unclip.models.layers import statistics
@@ -248,10 +249,13 @@ class Draw:
         negative: Cond | None = None,
         start: Start = OWN_NOISE,
     ) -> Tensor:
-        """One sample for each generator; see `Stage.draw`."""
+        """One sample for each generator; see `Stage.draw`.
+
+        **Raises**: `CheckpointError` for numbers that are not finite, which no picture would show.
+        """
         null_text = None if cond.text is None else self.null_text()
         with resident([stage.network, stage.last], self.device):
-            return stage.draw(
+            drawn = stage.draw(
                 cond,
                 self.sampling[stage.name],
                 generators,
@@ -260,3 +264,9 @@ class Draw:
                 start=start,
                 how=self.how,
             )
+        if not bool(drawn.isfinite().all()):
+            raise CheckpointError(
+                f"the {stage.name} drew numbers that are not finite: its weights are damaged, or "
+                "half precision can't hold what they give; draw in float32 (--dtype fp32)"
+            )
+        return drawn

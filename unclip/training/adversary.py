@@ -205,7 +205,7 @@ def drawn_to(
     **Shapes**: n rows, n generators → x_t (n, 3, R, R) float32, t (n,).
     """
     config = SamplingConfig(sampler="ddim", steps=steps, eta=1.0, clip=stage.sampling.clip)
-    x = noise_of(generators, stage.shape).to(cond.device)
+    x = noise_of(generators, stage.shape).to(cond.device, non_blocking=True)
     t = make_scheduler(stage.diffusion, config.sampler, steps)[1][level]
     guess = stage.guess(cond, config)
     for step in islice(denoise(guess, stage.diffusion, config, x, generators), level):

@@ -29,8 +29,9 @@ class PlaceConfig(Config):
 def place(images: Tensor, ids: Tensor, seed: int, how: PlaceConfig) -> Tensor:
     """Move each picture at random on white. **Shapes**: (B, 3, R, R) → same."""
     if how.flip > 0:
-        mirrored = (randomness.uniform(seed, "flip", ids) < how.flip).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        mirrored = randomness.uniform(seed, "flip", ids) < how.flip
+        mirrored = mirrored[:, None, None, None].to(images.device, non_blocking=True)
+        images = torch.where(mirrored, images.flip(-1), images)
     if how.shift == 0 and how.scale == 0:
         return images
     unit = 2 * randomness.uniform(seed, "augment", ids, (3,)) - 1  # (B, 3)

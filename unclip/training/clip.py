@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unclip import randomness
-from unclip.clip.contrastive import contrastive_loss, retrieval_rank
+from unclip.clip.contrastive import MAX_SCALE, contrastive_loss, retrieval_rank
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.preprocessing import PreprocessConfig
 from unclip.clip.towers import BpeTokenizer, ClipConfig, OpenClipTowers, vocabulary_of
@@ -30,7 +31,7 @@ from unclip.errors import ConfigError
 from unclip.precision import resolve_precision
 from unclip.training.aids import AidedCLIP, Lesson, RestoreConfig
 from unclip.training.augment import PlaceConfig, place
-from unclip.training.fit import TrainConfig
+from unclip.training.fit import TrainConfig, running_statistics
 from unclip.training.start import load_weights
 from unclip.training.task import embeddings_of, train
 from unclip.training.teacher import TaughtConfig, Teacher
@@ -84,6 +85,11 @@ class TowersTask:
         self.run, self.val, self.step = run, val, 0
         self.towers, self.preprocess, self.encoder = towers, preprocess, encoder
         self.product = self.model = self.trained = towers.model
+
+    @torch.no_grad()
+    def bound_scale(self) -> None:
+        """Take the logit scale back to its bound, where its gradient can still lower it."""
+        self.towers.model.logit_scale.clamp_(max=math.log(MAX_SCALE))  # type: ignore[operator]
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Image.Image | None:
@@ -156,6 +162,7 @@ class ClipTask(TowersTask):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """**Shapes**: → loss, top1 and parts of the loss, (B,)."""
         self.step = step + 1
+        self.bound_scale()
         seed, augment = self.run.train.seed, self.run.augment
         images = place(batch.images, batch.ids, seed, augment)  # (B, 3, R, R)
         ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)
@@ -223,4 +230,12 @@ def train_clip(run: ClipRun, accelerator: Accelerator) -> None:
     """Build, train, and leave checkpoints in `train.out`."""
     dataset = run.data.open(run.data.train)
     val = run.data.open(run.data.val) if run.data.val else None
-    train(ClipTask(run, dataset, val), run, dataset, accelerator)
+    task = ClipTask(run, dataset, val)
+    if accelerator.num_processes > 1 and running_statistics(task.model):
+        if accelerator.device.type == "cpu":
+            raise ConfigError(
+                "the batch norms of model.vision_cfg's ResNet can't be computed over several "
+                "processes on CPUs, and each by itself would see another batch: start one process"
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(task.model)  # in place
+    train(task, run, dataset, accelerator)

@@ -100,6 +100,7 @@ class ClipTextTask(TowersTask):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """**Shapes**: → loss, contrast, phrases_off, top1, (B,)."""
         self.step = step + 1
+        self.bound_scale()
         assert batch.z_image is not None
         seed, each, device = self.run.train.seed, self.run.phrases.each, batch.z_image.device
         ids, mask = self.towers.tokenizer(batch.captions)  # (B, L)

@@ -27,8 +27,11 @@ from unclip.data.tolerant import Tolerant
 from unclip.diffusion.inpainting import Kept
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.sampling import SamplingConfig
+from unclip.errors import ConfigError
 from unclip.images import grid, resize, to_pil
 from unclip.models.decoder import DecoderConfig
+from unclip.precision import resolve_precision
+from unclip.training import sharding
 from unclip.training.adversary import (
     AdversaryConfig,
     Contested,
@@ -128,22 +131,24 @@ class DecoderTask(StageTask):
             return diffusion.loss(model, x0, cond, t, noise, distance)
         numbers = parted(ids, self.run.adversary.share)
         own, rest = (part.to(x0.device, non_blocking=True) for part in numbers)
-        both = Together(model, self._drawn(cond.rows(own), ids[numbers[0]], x0[own]))
+        drawn = self._drawn(cond.rows(own), ids[numbers[0]], x0[own], step)
+        both = Together(model, drawn)
         found = diffusion.loss(both, x0[rest], cond.rows(rest), t[rest], noise[rest], distance)
         return both.losses(found, own, rest, self.run.adversary.weight)
 
     @torch.no_grad()
-    def _drawn(self, cond: Cond, ids: Tensor, real: Tensor) -> Drawn:
+    def _drawn(self, cond: Cond, ids: Tensor, real: Tensor, step: int) -> Drawn:
         """What the decoder has drawn of these samples up to some step, always told the embedding.
 
         **Shapes**: n rows, ids (n,), real (n, 3, R, R).
         """
         assert self.run.adversary is not None
-        seed, steps, half = self.run.train.seed, self.run.adversary.steps, self.clip.dtype
+        seed, steps = self.run.train.seed, self.run.adversary.steps
         cond = replace(cond, keep_image=None)
         generators = [randomness.generator(seed, "drawn", i) for i in ids.tolist()]
-        level = int(randomness.integers(seed, "drawn to", ids[:1], steps))
-        with torch.autocast(real.device.type, half, enabled=half != torch.float32):
+        level = int(randomness.integers(seed, "drawn to", [step], steps))
+        half = resolve_precision(self.run.train.precision, real.device) == "bf16"
+        with torch.autocast(real.device.type, torch.bfloat16, enabled=half):
             x_t, t = drawn_to(self.stage, cond, steps, level, generators)
         reach = real.shape[-1] // 2 + 1
         corners = (randomness.uniform(seed, "corner", ids, (2,)) * reach).long()  # (n, 2)
@@ -215,6 +220,10 @@ def open_decoder(run: DecoderRun, accelerator: Accelerator) -> tuple[Dataset, Fr
 
 def train_decoder(run: DecoderRun, accelerator: Accelerator) -> Path:
     """Train the decoder; the newest checkpoint's folder."""
+    if run.adversary is not None and accelerator.num_processes > 1 and sharding.asked():
+        raise ConfigError(
+            "adversary can't be shared out; train it with configs/accelerate/ddp_8.yaml"
+        )
     dataset, clip = open_decoder(run, accelerator)
     task = DecoderTask(run, clip, dataset)
 

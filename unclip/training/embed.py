@@ -36,6 +36,7 @@ from unclip.images import Fit
 from unclip.precision import allow_tf32, default_dtype
 from unclip.progress import progress_bar
 from unclip.randomness import generator
+from unclip.training.launch import PATIENCE
 
 FORMAT = 1
 
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> None:
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
         check_writable(given.out, "cache")
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
         allow_tf32(state.device)
         clip = FrozenCLIP.load(given.clip, state.device, default_dtype(state.device))
         resolution = given.resolution or clip.preprocess.size

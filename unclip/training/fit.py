@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from unclip.config import Config, Place, flat
 from unclip.errors import ConfigError
-from unclip.precision import Precision
+from unclip.precision import Precision, any_order
 from unclip.randomness import generator
 from unclip.training import sharding
 from unclip.training.checkpoint import (
@@ -241,6 +241,12 @@ def _said(config: TrainConfig, newest: Path | None, precision: str, shares: int)
         yield sharding.told(shares)
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """What batch norms keep of the batches that they have seen."""
+    norms = (part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
 @dataclass
 class _Trainer:
     """The loop and what it works on; `wrapped` is the model as this process calls it."""
@@ -260,13 +266,18 @@ class _Trainer:
         if state.step == 0 and (first := self._preview()) is not None:
             self.log.say(f"{first} shows where it begins, those beside it how far it is")
         stream = batches(state.step)
+        statistics = running_statistics(self.task.model)
         while state.step < config.steps:
             lr = learning_rate(state.step, config)
+            before = [statistic.clone() for statistic in statistics]
             entries, wait = self._backward(stream)
             norm, skipped, stop = self._update(entries["loss"][0], lr, stopped.is_set())
             state.step += 1
             self.log.add(entries, wait, skipped)
             state.count(skipped)
+            if skipped:  # what the batch was has gone into these all the same
+                for statistic, value in zip(statistics, before, strict=True):
+                    statistic.copy_(value)
             done = state.step == config.steps
             if state.step % config.log_every == 0 or done or stop:
                 self.log.write(state.step, float(norm), lr)
@@ -340,7 +351,8 @@ class _Trainer:
         device = self.accelerator.device
         fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with fork, torch.no_grad(), self.state.ema.swapped(self.task.model) as averaged:
-            image = self.task.preview(averaged)
+            with any_order():  # the autoregressive prior's choice needs sums that have none
+                image = self.task.preview(averaged)
             scores = {} if self.held_out is None else self.held_out(averaged)
         self.log.write_held_out(self.state.step, scores)
         if image is None or not self.accelerator.is_main_process:

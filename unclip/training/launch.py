@@ -38,6 +38,7 @@ DECIDED = {
     "dynamo_backend": "compile",
 }
 UNSAID = ("", "no", "none", "1")
+PATIENCE = timedelta(hours=3)  # of processes that wait for another; NCCL's own is ten minutes
 
 
 def main(
@@ -97,7 +98,7 @@ def start_accelerator(precision: Precision) -> Accelerator:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             # Rank 0 writes checkpoints while the others wait.
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=3)),
+                InitProcessGroupKwargs(timeout=PATIENCE),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # not a second copy
             ],
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ FREE_KEYS = (
 )
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM warns with SIGUSR1
+REPEATS = 3.0  # seconds
 
 T = TypeVar("T")
 
@@ -110,16 +113,24 @@ def full_disk_explained(run: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM, SIGUSR1 or SIGINT sets; a second one acts as usual."""
+    """An event that the first SIGTERM, SIGUSR1 or SIGINT sets. Those that follow at once are the
+    same one, which torchrun passes on to processes that may have had it already; a later one acts
+    as usual."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
     usual = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    first = math.inf
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal first
         stopped.set()
-        signal.signal(number, usual[signal.Signals(number)])
+        now = time.monotonic()
+        first = min(first, now)
+        if now - first > REPEATS:
+            signal.signal(number, usual[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in usual:
         signal.signal(number, handle)

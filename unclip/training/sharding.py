@@ -29,7 +29,7 @@ from unclip.errors import ConfigError
 ASKED, VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"  # what accelerate's launcher sets
 
 # Methods other than forward that use a module's weights, and are called from outside of it.
-METHODS = ("prepare", "project", "encode")
+METHODS = ("prepare", "project", "encode", "step", "advance")
 
 
 def asked() -> bool:
@@ -137,6 +137,8 @@ def largest_unit(model: nn.Module) -> int:
 
 
 def _methods(module: nn.Module) -> list[str]:
+    if next(module.parameters(), None) is None:  # a quantizer, which has buffers
+        return []
     return [name for name in METHODS if callable(getattr(module, name, None))]
 
 

@@ -238,11 +238,13 @@ def draw(run: Any, ids: Tensor, x0: Tensor, noise: Tensor | None = None) -> tupl
 
 
 def embeddings_of(clip: FrozenCLIP, batch: Batch) -> Tensor:
-    """Raw image embeddings of a batch, made of its pictures if it brings none.
+    """Raw image embeddings of a batch where the encoder is, made of its pictures if it brings none.
 
     **Shapes**: → (B, D) float32.
     """
-    return clip.encode_image(batch.images).float() if batch.z_image is None else batch.z_image
+    if batch.z_image is None:
+        return clip.encode_image(batch.images).float()
+    return batch.z_image.to(clip.device, non_blocking=True)
 
 
 def told_of(

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from unclip import randomness
 from unclip.config import Config
-from unclip.data.kept import cache_folder
+from unclip.data.kept import cache_folder, made_once
 from unclip.errors import ConfigError
-from unclip.files.disk import replacing
 from unclip.progress import progress_bar, without_bars
 
 BATCH = 256  # texts at a time, of about one length
@@ -102,14 +101,18 @@ class Teacher:
     def _stored(self, texts: list[str], what: str) -> Tensor:
         digest = hashlib.sha256("\n".join([what, *texts]).encode()).hexdigest()[:16]
         path = cache_folder("sentences") / f"{digest}.safetensors"
-        if not path.is_file():
+
+        def opened() -> Tensor | None:
+            return load_file(path)["embeddings"] if path.is_file() else None
+
+        def make(own: Path) -> None:
             order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
             found = self._embed([texts[row] for row in order])
             table = torch.empty_like(found)
             table[order] = found
-            with replacing(path) as temporary:
-                save_file({"embeddings": table}, temporary)
-        return load_file(path)["embeddings"]
+            save_file({"embeddings": table}, own)
+
+        return made_once(path, opened, make)
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:

@@ -120,7 +120,7 @@ class Redrawn:
 
     def __init__(self, run: UpsamplerRun, accelerator: Accelerator) -> None:
         assert run.redrawn is not None
-        self.how, self.seed = run.redrawn, run.train.seed
+        self.how, self.seed, self.accelerator = run.redrawn, run.train.seed, accelerator
         self.clip = frozen_clip(self.how.model, accelerator)
         self.decoder = Source(self.how.model).stage("decoder").load(accelerator.device)
         self.decoder.network.requires_grad_(False)
@@ -134,7 +134,7 @@ class Redrawn:
             )
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, step: int) -> Tensor:
         """The batch's copies, some of them redrawn. **Shapes**: → (B, 3, h, w)."""
         assert batch.low_res is not None
         low, ids, process = batch.low_res, batch.ids, self.decoder.diffusion
@@ -142,7 +142,7 @@ class Redrawn:
         rows = chosen.nonzero().flatten()  # numbers on the CPU: nothing has to be waited for
         if len(rows) == 0:
             return low
-        share = self.how.level * float(randomness.uniform(self.seed, "redrawn from", ids[:1]))
+        share = self.how.level * float(randomness.uniform(self.seed, "redrawn from", [step]))
         level = int(share * process.config.steps)
         own = rows.to(low.device, non_blocking=True)
         x0 = resize(batch.images[own], low.shape[-1]).clamp(-1, 1)
@@ -153,13 +153,14 @@ class Redrawn:
         config = self.decoder.sampling.model_copy(
             update={"sampler": "ddim", "steps": min(self.how.steps, level + 1), "eta": 0.0}
         )
-        drawn = self.decoder.draw(
-            told_of(self.clip, self.decoder, batch.images[own], captions),
-            config,
-            [torch.Generator() for _ in rows],
-            null_text=self.clip.null_text,
-            start=Start(process.q_sample(x0, t, noise), level + 1),
-        )
+        with self.accelerator.autocast():
+            drawn = self.decoder.draw(
+                told_of(self.clip, self.decoder, batch.images[own], captions),
+                config,
+                [torch.Generator() for _ in rows],
+                null_text=self.clip.null_text,
+                start=Start(process.q_sample(x0, t, noise), level + 1),
+            )
         return low.index_copy(0, own, drawn.to(low.dtype))
 
 
@@ -172,7 +173,7 @@ class UpsamplerTask(StageTask):
     def loss(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         """The loss of each crop, of which `Shrunk` has made a copy. **Shapes**: → (B,)."""
         assert batch.low_res is not None
-        copies = batch.low_res if self.redrawn is None else self.redrawn(batch)
+        copies = batch.low_res if self.redrawn is None else self.redrawn(batch, step)
         low = resize(copies, batch.images.shape[-1])  # (B, 3, H, W)
         t, noise = draw(self.run, batch.ids, batch.images, batch.noise)
         return self.stage.diffusion.loss(model, batch.images, Cond(low_res=low), t, noise)
