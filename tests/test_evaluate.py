@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def test_pictures_are_drawn_again_where_a_model_samples_otherwise(
         assert code == 0, error
         folders.append({file.parent for file in (tmp_path / "out").rglob("*-0000.png")})
     assert len(folders[0]) == 1 and len(folders[1]) == 2  # of the same weights
+
+
+def test_pictures_are_drawn_again_where_the_data_have_changed(run, tmp_path):
+    data = write_pictures(tmp_path / "data", [f"{a} {b}" for a in NAMES for b in "abc"], [""])
+    asked = ("--data", data, "--limit", 4, "--seeds", 1, "--upscaled", 0)
+    for folders in (1, 2):
+        code, _, error = run(*asked)
+        assert code == 0, error
+        assert len({file.parent for file in (tmp_path / "out").rglob("*-0000.png")}) == folders
+        for file in data.glob("apple-a*"):  # one more
+            shutil.copy(file, file.with_stem("another"))
 
 
 def test_pictures_do_not_depend_on_how_the_work_is_divided(run, pictures, tmp_path, monkeypatch):

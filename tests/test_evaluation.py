@@ -106,6 +106,7 @@ def test_too_bright_by_one_level_has_the_psnr_of_one_level():
 
 def test_mean_scores_and_table():
     assert mean_scores([{"a": 1.0}, {"a": 3.0}]) == {"a": 2.0, "pictures": 2}
+    assert mean_scores([{"a": 1.0}, {"a": math.inf}]) == {"a": 1.0, "pictures": 1}  # of one colour
     assert markdown_table(["x", "long"], [["abc", "1"]]).split("\n") == [
         "| x   | long |",
         "|-----|------|",

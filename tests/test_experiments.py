@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_every_way_to_an_embedding_is_compared(full, request_, tmp_path):
     assert {way for way in TITLES if "variety" in by[TITLES[way]]} == {*drawn, "true", "none"}
     assert all(0 <= line["recall"] <= 1 and line["top5"] <= 1 for line in by.values())
     assert found.figure is not None and "captions, 2 seeds" in title and "6 names" in about
+
+
+def test_few_pictures_are_half_measured_and_half_what_they_are_measured_against(
+    full, request_, tmp_path
+):
+    few = replace(request_, held_out=None, limit=96)
+    by = compare_priors(full, "tiny", few, tmp_path).scores[request_.judge]
+    assert all(math.isfinite(line["frechet"]) for line in by.values())
+    assert compare_guidance(full, "tiny", few, tmp_path).tables
 
 
 def test_a_way_that_the_model_lacks_is_left_out_with_a_sentence(full, request_, tmp_path):

@@ -89,6 +89,18 @@ def test_pairs_do_not_meet_in_a_kernel_distance_of_pairs():
     assert abs(kernel_distance(drawn, true, paired=True)) < 2e-3
 
 
+def test_pictures_of_one_caption_do_not_meet_in_a_kernel_distance():
+    """Four of each were further from their own distribution than one of each."""
+    met, apart = [], []
+    for k in range(200):
+        x, y = normal(8, 3, seed=k).repeat_interleave(4, 0), normal(32, 3, seed=k + 500)
+        met.append(kernel_distance(x, y))
+        apart.append(kernel_distance(x, y, together=4))
+    met, apart = torch.tensor(met), torch.tensor(apart)
+    assert met.mean() > 0.3
+    assert abs(apart.mean()) < 3 * apart.std() / math.sqrt(200)
+
+
 def test_kernel_distance_is_that_of_the_moments():
     """(x·y + 1)³ = Σ C(3, i) ⟨x⊗ⁱ, y⊗ⁱ⟩, so that the distance is Σ C(3, i) |E x⊗ⁱ - E y⊗ⁱ|²."""
     x = torch.nn.functional.normalize(normal(1500, 2), dim=1)  # all round

@@ -58,7 +58,8 @@ class Group:
     """Captions that are drawn together, with the names and styles that they ask for.
 
     `real(rows)` are the real pictures of these captions, where there are any, `z` their embeddings.
-    `own` are their rows among the training pictures, if they are in training.
+    `own` are their rows among the training pictures, if they are in training. So many in a row,
+    `together`, are one caption with other noise.
 
     **Shapes**: own (N,), z (N, D), real → (n, 3, R, R).
     """
@@ -70,6 +71,7 @@ class Group:
     own: Tensor | None = None
     z: Tensor | None = None
     real: Callable[[range], Tensor] | None = None
+    together: int = 1
 
     def __len__(self) -> int:
         return len(self.captions)

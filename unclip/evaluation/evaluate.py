@@ -67,7 +67,7 @@ def evaluate(pipe: UnCLIP, model: str, request: Request, work: Path) -> Evaluati
     if draws and OWN in setting.eyes and train.styles is not None:
         scores["prior"] = prior_draws(setting, groups[0])
     scores["upsamplers"], upscaled = upscaling(
-        pipe, request.held or request.data, request.upscaled, setting.kept
+        pipe, request.held or request.data, request.upscaled, setting.kept, setting.options
     )
     return Evaluation(scores, groups, pictures, upscaled)
 
@@ -81,7 +81,8 @@ def _groups(
     if held is not None:
         groups.append(_group("held out", held, min(request.limit, len(held)), None))
     names = [name for name in dict.fromkeys(train.names[:count]) for _ in range(request.seeds)]
-    return [*groups, Group("name alone", [wording.plain(name) for name in names], names)]
+    plain = [wording.plain(name) for name in names]
+    return [*groups, Group("name alone", plain, names, together=request.seeds)]
 
 
 def _group(name: str, subjects: Subjects, count: int, own: Tensor | None) -> Group:
@@ -138,7 +139,7 @@ def _likeness(
         line["same"], line["same5"] = same
     distribution = real[others][:DISTRIBUTION]
     line["realistic"] = measures.realistic(x, distribution)
-    line["kernel"] = measures.kernel_distance(x, distribution)
+    line["kernel"] = measures.kernel_distance(x, distribution, together=group.together)
     line["frechet"] = measures.frechet_distance(x, distribution)
     as_many = distribution[: max(len(x), measures.DENSITY_NEIGHBOURS + 1)]
     line["density"], line["coverage"] = measures.density_coverage(x, as_many)

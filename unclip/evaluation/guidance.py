@@ -51,7 +51,7 @@ def compare_guidance(pipe: UnCLIP, model: str, request: Request, work: Path) -> 
     reads_text = pipe.need("decoder", "pictures").reads_text
     with set_up(pipe, model, request, work) as setting:
         subjects = setting.held or setting.train
-        count = min(request.limit, len(subjects))
+        count = setting.measured
         captions, names = subjects.captions[:count], subjects.names[:count]
         z_image = pipe.text_to_embedding(captions, **setting.options)
         ways: list[tuple[str, Tensor | None, dict[str, Any]]]

@@ -92,11 +92,12 @@ def copies(x: Tensor, real: Tensor, threshold: float) -> float:
     return float((nearest(x, real, 1)[0] < threshold).float().mean())
 
 
-def kernel_distance(x: Tensor, y: Tensor, paired: bool = False) -> float:
+def kernel_distance(x: Tensor, y: Tensor, paired: bool = False, together: int = 1) -> float:
     """Squared maximum mean discrepancy under the kernel (cos(x, y) + 1)³, without bias.
 
     KID's kernel on features of unit length: as with neighbours, only directions count. `paired`
-    rows, one made for the other, don't meet: they are no independent draws.
+    rows, one made for the other, don't meet: they are no independent draws. Nor are so many rows of
+    x that stand `together`, of one caption each: they are alike whatever they are alike to.
 
     **Shapes**: x (N, F), y (M, F), two rows or more each.
     **Source**: Bińkowski et al. 2018, "Demystifying MMD GANs", eq. 3 and 4.
@@ -104,11 +105,12 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool = False) -> float:
     x, y = (F.normalize(a.float(), dim=1) for a in (x, y))
     xx, yy, xy = (((a @ b.T).double() + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
 
-    def between(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    def between(k: Tensor, together: int = 1) -> Tensor:
+        group = torch.arange(len(k), device=k.device) // together
+        return k[group[:, None] != group].mean()
 
     across = between(xy) if paired else xy.mean()
-    return float(between(xx) + between(yy) - 2 * across)
+    return float(between(xx, together) + between(yy) - 2 * across)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

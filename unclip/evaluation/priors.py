@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any, get_args
 
 import torch
@@ -51,9 +52,10 @@ COLUMNS: Columns = {
 MEANING = """\
 Decoder and its noise are the same in every row. **Name**: what {judge} calls the picture, among
 {names} names. **Fréchet**, **kernel** × 1000: distance from real pictures in features of {eye};
-**precision**, **recall**: % of pictures near a real one, and of real ones near a picture. **Over
-seeds**: mean cosine distance between pictures of one caption. **Cosine**: of the embedding to that
-of the caption's own real picture. **s a caption**: seconds for the embedding.""".replace("\n", " ")
+**precision**, **recall**: % of pictures near a real one, and of real ones near a picture; of one
+seed at a time. **Over seeds**: mean cosine distance between pictures of one caption. **Cosine**: of
+the embedding to that of the caption's own real picture. **s a caption**: seconds for the
+embedding.""".replace("\n", " ")
 
 
 def compare_priors(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findings:
@@ -71,7 +73,7 @@ def compare_priors(pipe: UnCLIP, model: str, request: Request, work: Path) -> Fi
             ways.append(way)
     with set_up(pipe, model, request, work) as setting:
         subjects = setting.held or setting.train
-        count, seeds = min(request.limit, len(subjects)), request.seeds
+        count, seeds = setting.measured, request.seeds
         captions = [caption for caption in subjects.captions[:count] for _ in range(seeds)]
         z_true = subjects.seen.get(OWN, torch.empty(0))[:count]  # (N, D)
         pictures = {"real": [to_pil(x) for x in subjects.pictures(range(count))]}
@@ -153,17 +155,18 @@ def likeness(setting: Setting, eye: str, images: list[Image.Image], seeds: int) 
     """Distance from real pictures that aren't measured themselves, and what varies by seed."""
     x, real = setting.look(eye, images), setting.train.seen[eye]
     if setting.held is None:
-        real = real[setting.request.limit :]
+        real = real[setting.measured :]
     real = real[:DISTRIBUTION]
+    # As many pictures in every row: these depend on how many there are.
+    ones = [x[seed::seeds] for seed in range(seeds)]
     found = {
-        "frechet": measures.frechet_distance(x, real),
-        "kernel": measures.kernel_distance(x, real),
-        "precision": measures.realistic(x, real),
-        "recall": measures.realistic(real, x),
+        "frechet": mean(measures.frechet_distance(one, real) for one in ones),
+        "kernel": measures.kernel_distance(x, real, together=seeds),
+        "precision": mean(measures.realistic(one, real) for one in ones),
+        "recall": mean(measures.realistic(real, one) for one in ones),
     }
     if seeds > 1:
-        own = [measures.variety(part) for part in x.split(seeds)]
-        found["variety"] = sum(own) / len(own)
+        found["variety"] = mean(measures.variety(part) for part in x.split(seeds))
     return found
 
 

@@ -65,7 +65,7 @@ def pca(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findings:
             "cosine": float(cosine_similarity(z, pairs.z_image).mean()),
         }
         cut = principal(shown, count, mean, axes)
-        tiles.append(pipe.image_from_embedding(cut, size=side))
+        tiles.append(pipe.image_from_embedding(cut, size=side, **request.given))
     title = f"Principal components of {len(known)} embeddings, held-out ones cut to them"
     table = (title, "", *lines_of(columns, rows))
     words = ["the picture", *rows]
@@ -181,7 +181,7 @@ def typography(pipe: UnCLIP, model: str, request: Request, work: Path) -> Findin
     about = f"Of {len(first)} names, by the model's CLIP, softmax at temperature {TEMPERATURE}."
     table = (f"A word on {len(names)} pictures", about, *lines_of(columns, rows))
     side = pipe.need("decoder", "pictures").side
-    varied = pipe.variations(attacked[:SHOWN], n=2, size=side)
+    varied = pipe.variations(attacked[:SHOWN], n=2, size=side, **request.given)
     tiles, said = [], []
     for k, picture in enumerate(pairs.pictures[:SHOWN]):
         tiles += [picture, attacked[k], *varied[2 * k : 2 * k + 2]]

@@ -5,8 +5,10 @@ N pictures, M candidates, D CLIP embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,7 @@ def upscale_again(
 
 
 def mean_scores(rows: Sequence[Scores]) -> Scores:
-    """The mean of each score over pictures, and their number."""
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    """The mean of each score over pictures, and their number; those of one colour have none."""
+    rows = [row for row in rows if all(map(math.isfinite, row.values()))]
+    means = {key: mean(row[key] for row in rows) for key in (rows[0] if rows else ())}
     return {**means, "pictures": len(rows)}

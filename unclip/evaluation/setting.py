@@ -94,6 +94,13 @@ class Setting:
         return self.request.options.get("prior")
 
     @property
+    def measured(self) -> int:
+        """How many captions are: held-out ones, or where there are none at most half of the data's,
+        since the others say what real pictures are like."""
+        least = len(self.train) // 2 if self.held is None else len(self.held)
+        return min(self.request.limit, least)
+
+    @property
     def names(self) -> list[str]:
         """All names that there are."""
         held = () if self.held is None else self.held.names
@@ -130,8 +137,8 @@ class Setting:
 
 @contextmanager
 def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[Setting]:
-    """Look at the data. Pictures are kept under `work` by `model`, a hash of the weights, and by
-    what else draws them.
+    """Look at the data. Pictures are kept under `work` by `model`, a hash of the weights, by what
+    else draws them, and by what the data say and show.
 
     **Raises**: `ConfigError` for a judge or a feature network that took part in sampling or is not
     installed, `DataError` for data that can't be measured on, `CheckpointError` for a model without
@@ -143,7 +150,7 @@ def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[S
     sampling = {stage.name: stage.sampling.model_dump() for stage in pipe.stages}
     asked = asdict(request) | {"limit": 0, "features": [], "judge": ""}
     settings = [model, str(pipe.dtype), pipe.prior_candidates, sampling, asked]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()  # what changes no picture: 0
+    digest = hashlib.sha256(json.dumps(settings).encode())  # what changes no picture is 0
     with ExitStack() as stack:
         judges = _judges(pipe, request)
         eyes = _open_eyes(pipe, request, judges, stack)
@@ -152,7 +159,13 @@ def set_up(pipe: UnCLIP, model: str, request: Request, work: Path) -> Iterator[S
         held = None
         if request.held is not None:
             held = read_subjects(request.held, side, wording, eyes, REFERENCES, LEAST_HELD_OUT)
-        yield Setting(pipe, model, request, judges, eyes, train, held, Kept(work / digest[:12]))
+        for subjects in (train,) if held is None else (train, held):
+            digest.update(json.dumps(subjects.captions).encode())
+            known = subjects.seen.get(OWN)
+            shown = subjects.pictures(range(LEAST_HELD_OUT)) if known is None else known
+            digest.update(shown.numpy().tobytes())
+        kept = Kept(work / digest.hexdigest()[:12])
+        yield Setting(pipe, model, request, judges, eyes, train, held, kept)
 
 
 def _judges(pipe: UnCLIP, request: Request) -> dict[str, FrozenCLIP]:

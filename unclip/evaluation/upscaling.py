@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from PIL import Image
 
@@ -14,6 +16,7 @@ from unclip.data.sample import fixed
 from unclip.evaluation.drawings import Kept
 from unclip.evaluation.scores import Scores, Upscaled, mean_scores, upscale_again
 from unclip.images import to_pil
+from unclip.options import BY_STAGE
 from unclip.pipeline import UnCLIP
 from unclip.randomness import permutation
 
@@ -22,13 +25,18 @@ SHOWN = 6
 
 
 def upscaling(
-    pipe: UnCLIP, spec: str, count: int, kept: Kept
+    pipe: UnCLIP, spec: str, count: int, kept: Kept, options: Mapping[str, Any]
 ) -> tuple[dict[str, Scores], dict[str, list[Image.Image]]]:
     """PSNR and gradient energy of each upsampler, and of all in a chain, beside bicubic's.
 
     Also triples of tiles to look at: bicubic, upsampler, real. Real pictures are taken to have the
-    upsampler's size; smaller files have no truth there.
+    upsampler's size; smaller files have no truth there. Of a call's `options` those
+    count that are said of upsamplers by name.
     """
+    names = [stage.name for stage in pipe.upsamplers]
+    said = {key: value for key in BY_STAGE if isinstance(value := options.get(key), dict)}
+    own = {key: {n: value[n] for n in names if n in value} for key, value in said.items()}
+    given = {key: value for key, value in own.items() if value}
     stages = pipe.upsamplers
     spans = [[stage] for stage in stages]
     joined = (a.side == b.low for a, b in pairwise(stages))
@@ -38,7 +46,7 @@ def upscaling(
     tiles: dict[str, list[Image.Image]] = {}
     for span in spans if count else ():
         low, high = span[0].low, span[-1].side
-        cases = _enlarge(pipe, _Real(spec, high, count), low, high, kept)
+        cases = _enlarge(pipe, _Real(spec, high, count), low, high, kept, given)
         scores[f"{low} → {high}"] = mean_scores([case.scores() for case in cases])
         tiles[f"{low} → {high}"] = [
             _middle(x) for case in cases[:SHOWN] for x in (case.bicubic, case.made, case.real)
@@ -46,10 +54,12 @@ def upscaling(
     return scores, tiles
 
 
-def _enlarge(pipe: UnCLIP, real: _Real, low: int, high: int, kept: Kept) -> list[Upscaled]:
+def _enlarge(
+    pipe: UnCLIP, real: _Real, low: int, high: int, kept: Kept, given: Mapping[str, Any]
+) -> list[Upscaled]:
     def draw(rows: range) -> list[Image.Image]:
         (k,) = rows
-        upscale = partial(pipe.upscale, seed=k, size=high)
+        upscale = partial(pipe.upscale, seed=k, size=high, **given)
         return [upscale_again(upscale, real(k), low).made]
 
     made = kept.draw(f"upscaled-{low}-{high}", len(real), draw, together=1)

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from unclip import randomness
 from unclip.conditioning import Cond, TextEncoding
 from unclip.errors import CheckpointError, ConfigError
+from unclip.stages.resident import resident
 from unclip.stages.stage import Draw, Stage
 
 # What stands between text and decoder: a prior that is drawn from, the diffusion prior's draft
@@ -65,7 +66,9 @@ class FromText:
             z_text = text.embed.float()
             if self.by != "draft" or self.prior is None:
                 return z_text
-            return self.prior.embeddings(self.prior.network.drafted(z_text).float())
+            with resident([self.prior.network], self.draw.device):
+                drafted = self.prior.network.drafted(z_text).float()
+            return self.prior.embeddings(drafted)
         assert self.prior is not None
         count = self.candidates
         several = [g for own in generators for g in _candidates(own, count)]
