@@ -323,7 +323,7 @@ def test_usage_errors_exit_2_and_say_what_is_valid(run, args, message, tmp_path,
     code, _, err = run(*args)
     assert code == 2 and message in err, err
     assert "Traceback" not in err
-    assert list(tmp_path.glob("**/*.png")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_out_is_refused_before_the_model_is_loaded(run, tmp_path):
@@ -375,6 +375,8 @@ def test_damaged_and_huge_pictures_exit_3(run, tmp_path, apple):
     for name in ("cut.png", "huge.png", "text.png", "missing.png"):
         for verb in ("vary", "upscale"):
             code, _, err = run(verb, tmp_path / name, "--out", tmp_path / "o")
+        (["text", "x", "--out", "one.gif"], "written as .png, .webp or .jpg, and .gif is none"),
+        (["text", "x", "--n", 2, "--out", "w/one.TIFF"], ".TIFF is none of these"),
             assert code == 3 and name in err
     code, _, err = run("embed", tmp_path / "cut.png", "--out", tmp_path / "z.safetensors")
     assert code == 3 and "cut.png" in err and not list(tmp_path.glob("*.safetensors"))
@@ -656,3 +658,17 @@ def test_a_tar_or_folder_of_something_else_is_left_alone(run, tmp_path, apple):
         assert code == 2 and "--out" in err, err
     assert (tmp_path / "mine.tar").read_bytes() == before
     assert json.loads((tmp_path / "mine" / "metadata.jsonl").read_text())["text"] == "y"
+@pytest.mark.parametrize("name", ["batch.png", "batch.bmp"])
+def test_a_file_of_prompts_makes_no_folder_named_as_a_picture(run, tmp_path, name):
+    (tmp_path / "p.txt").write_text("a red apple\n")
+    code, _, err = run("text", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "w" / name)
+    assert code == 2 and "one picture's name" in err and not (tmp_path / "w").exists()
+
+
+def test_a_folder_where_a_picture_is_expected_is_said_to_be_one(run, tmp_path):
+    """It was called a damaged picture."""
+    (tmp_path / "in").mkdir()
+    code, _, err = run("vary", tmp_path / "in", "--out", tmp_path / "o")
+    assert code == 3 and "in is a folder, and a picture is expected" in err
+
+

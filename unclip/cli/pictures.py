@@ -154,9 +154,9 @@ def app(
         raise ConfigError("the web page needs gradio: pip install 'unclip[app]'") from None
 
     from unclip.app.studio import Studio
-    from unclip.files.disk import check_writable
+    from unclip.cli.output import Writer
 
-    check_writable(out, "--out")
+    Writer(out, 1)  # says what is wrong with it
     where = to_device(device)
     studio = Studio(out, where, precision(dtype, where), offload)
     url = launch(studio, str(model or default_model()), port)
