@@ -130,6 +130,12 @@ def test_a_dropped_png_of_a_mix_asks_for_its_call(studio: Studio, tmp_path: Path
     assert values["Seed"] == 4
 
 
+def test_a_picture_with_alpha_is_painted_over_on_white() -> None:
+    """It was put on black, and everywhere else on white."""
+    picture, mask = verbs.unpainted({"background": Image.new("RGBA", (2, 2)), "layers": []})
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and mask is None
+
+
 def test_the_last_preview_is_the_picture(pipe: UnCLIP) -> None:
     seen: list[tuple[str, torch.Tensor]] = []
     (picture,) = pipe.text_to_image(

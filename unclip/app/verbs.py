@@ -14,6 +14,7 @@ from unclip.app.studio import NO_PICTURE, Verb, bounded, of_a_size, uploaded
 from unclip.cli.arguments import numbers
 from unclip.edit import anew, exact
 from unclip.errors import DataError
+from unclip.images import to_rgb
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 
@@ -120,7 +121,7 @@ def unpainted(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image 
     """
     if painted is None or painted["background"] is None:
         raise DataError(NO_PICTURE)
-    picture = of_a_size(painted["background"], "the picture").convert("RGB")
+    picture = to_rgb(of_a_size(painted["background"], "the picture"))
     mask = np.zeros((picture.height, picture.width), bool)
     for layer in painted["layers"]:
         mask |= np.asarray(layer.getchannel("A")) > 0
