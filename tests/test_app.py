@@ -15,9 +15,9 @@ from PIL import Image
 
 from unclip.app import verbs
 from unclip.app.forms import TABS
-from unclip.app.page import page
+from unclip.app.page import form_of, page
 from unclip.app.studio import Look, Made, Studio, models_near
-from unclip.cli.output import read_about
+from unclip.cli.output import encoded, read_about
 from unclip.errors import CheckpointError, ConfigError, DataError
 from unclip.images import to_pil
 from unclip.pipeline import UnCLIP
@@ -72,6 +72,68 @@ def test_every_other_verb_draws(studio: Studio, apple: Path) -> None:
     new = {"caption": "", "strength": 1, "repeats": 1, "n": 1}
     assert len(drawn(studio, verbs.INPAINT, steps=2, painted=painted, **new)) == 1
     assert len(drawn(studio, verbs.UPSCALE, picture=apple)) == 1
+
+
+def sampled(made: Made) -> tuple[int, float]:
+    about = read_about(made.path)["settings"]["sampling"]["decoder"]
+    return about["steps"], about["eta"]
+
+
+def test_pngs_say_how_their_decoder_drew(studio: Studio, apple: Path) -> None:
+    """Those of variations and inpainting named the model's own sampling, of edits no strength."""
+    (made,) = drawn(studio, verbs.VARY, steps=2, picture=apple, change=0.5, n=1)
+    assert sampled(made) == (2, 0.5)
+    (made,) = drawn(studio, verbs.VARY, picture=apple, change=1, n=1)
+    assert sampled(made) == (2, 1)
+    painted = {"background": Image.open(apple), "layers": [Image.new("RGBA", (20, 16), "red")]}
+    new = {"caption": "a hat", "strength": 0.1, "repeats": 1, "n": 1}
+    (made,) = drawn(studio, verbs.INPAINT, painted=painted, **new)
+    about = read_about(made.path)
+    assert sampled(made) == (5, 0) and about["settings"]["given"]["mask"] == "painted"
+    turned = {"picture": apple, "source": "", "caption": "a hat", "strength": "0,0.5"}
+    made = drawn(studio, verbs.EDIT, steps=2, **turned)
+    assert [read_about(one.path)["settings"]["given"]["strength"] for one in made] == [0, 0.5]
+
+
+def test_a_png_of_the_shell_fills_the_form() -> None:
+    """Captions of edits and their arguments did not come back, and those of redraw to no tab."""
+
+    def told(verb: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+        settings = {"verb": verb, "given": given, **more}
+        tab, fields = form_of({"prompt": "a hat", "seed": 5, "settings": settings})
+        with gr.Blocks():
+            own = next(one for one in TABS if one.verb.name == tab).fields()
+        return {"tab": tab} | {name: fields[name] for name in own if name in fields}
+
+    caption = {"caption": "a hat", "negative": ""}
+    anew = {"strength": 0.4, "repeats": 2}
+    for verb in ("inpaint", "redraw"):
+        assert told(verb, anew | {"mask": None}) == {"tab": "inpaint", **caption, **anew}
+    turn = {"source": "a cat", "strength": 0.3}
+    assert told("edit", turn) == {"tab": "edit", "caption": "a hat", **turn}
+    assert told("vary", {"invert": True}, eta=0.3) == {"tab": "vary", "change": 0.3}
+    parts = {"images": [["a.png", 2], ["b.png", 1]], "texts": [["a hat", 1]], "place": 1}
+    weights = {"first_weight": 1, "second_weight": 0.5, "caption_weight": 0.5}
+    assert told("mix", parts) == {"tab": "mix", **caption, **weights, "n": 2}
+
+
+def test_a_dropped_png_of_a_mix_asks_for_its_call(studio: Studio, tmp_path: Path) -> None:
+    """The texts of a mix are embedded by the seed of the call's first picture."""
+    given = {"images": [], "texts": [["a hat", 1]], "place": 1}
+    about = {"prompt": "a hat", "seed": 5, "settings": {"verb": "mix", "given": given}}
+    (tmp_path / "mix.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "png", about))
+    assert studio.model is not None
+    read = next(x for x in page(studio, studio.model).fns.values() if x.name == "read")
+    assert read.fn is not None
+    filled = zip(read.outputs, read.fn(str(tmp_path / "mix.png")), strict=True)
+    values = {x.label: value for x, value in filled if isinstance(x, gr.components.Component)}
+    assert values["Seed"] == 4
+
+
+def test_a_picture_with_alpha_is_painted_over_on_white() -> None:
+    """It was put on black, and everywhere else on white."""
+    picture, mask = verbs.unpainted({"background": Image.new("RGBA", (2, 2)), "layers": []})
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and mask is None
 
 
 def test_the_last_preview_is_the_picture(pipe: UnCLIP) -> None:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from unclip.cli import main
 from unclip.cli.arguments import expanded
-from unclip.cli.output import slug
+from unclip.cli.output import read_about, slug
 from unclip.cli.shell import default_model
 from unclip.data.open import open_dataset
 from unclip.data.sample import fixed
@@ -34,6 +34,7 @@ from unclip.files.find import resolve_folder
 from unclip.images import fit_square, to_tensor
 from unclip.pipeline import UnCLIP
 from unclip.sources import Source
+from unclip.stages.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = ("reconstruct", "interpolate", "edit", "mix", "inpaint", "redraw")
@@ -111,7 +112,6 @@ def test_several_prompts_are_prompt_major_and_drawn_in_batches(run, tmp_path, mo
 def test_what_is_ready_stays_when_a_later_batch_fails(run, tmp_path, monkeypatch):
     """At the largest size, where pictures go one by one through the last stage only."""
     from unclip.errors import DataError
-    from unclip.stages.stage import Stage
 
     draw = Stage.draw
 
@@ -214,6 +214,70 @@ def test_edits_write_what_the_pipeline_gives(run, tmp_path, apple, pipe):
     same(pipe.reconstruct(picture, **small), Path(said.strip()))
 
 
+@pytest.fixture
+def record(run, tmp_path, monkeypatch):
+    """What each PNG of a verb says, and what its decoder was really asked for."""
+    decode, asked = Stage.draw, []
+
+    def noted(self, cond, config, *args, **more):
+        if self.kind == "decoder":
+            asked.append(json.loads(json.dumps(config.model_dump())))
+        return decode(self, cond, config, *args, **more)
+
+    monkeypatch.setattr(Stage, "draw", noted)
+
+    def record(*args):
+        asked.clear()
+        code, said, err = run(*args, "--size", 16, "--out", tmp_path / "o")
+        assert code == 0, err
+        paths = [line for line in said.splitlines() if line.endswith(".png")]
+        abouts = [read_about(path) for path in paths if "-sheet" not in path]
+        assert all(about["settings"]["sampling"]["decoder"] in asked for about in abouts)
+        assert len(asked) == 1
+        return abouts
+
+    return record
+
+
+def test_the_pngs_of_edits_say_how_they_were_made(record, tmp_path, apple):
+    """Those of inpaint and redraw named the model's own sampling, and no prompt."""
+    mask = tmp_path / "mask.png"
+    Image.new("L", (20, 16), 255).save(mask)
+    (about,) = record("inpaint", apple, mask, "a hat", "--repeats", 2, "--strength", 0.1)
+    assert about["prompt"] == "a hat" and about["settings"]["source"] == "apple.png"
+    given = {"mask": "mask.png", "strength": 0.1, "repeats": 2, "as_it_is": False}
+    assert about["settings"]["given"] == given
+    assert about["settings"]["sampling"]["decoder"]["steps"] == 5
+    (about,) = record("redraw", apple, "--strength", 0.1)
+    given = {"mask": None, "strength": 0.1, "repeats": 1, "as_it_is": True}
+    assert about["settings"]["given"] == given and about["prompt"] == ""
+    short = ("--steps", 2)
+    abouts = record("edit", apple, "--to", "a pear", "--from", "x", "--strength", "0,0.3", *short)
+    assert [about["prompt"] for about in abouts] == ["a pear"] * 2
+    assert [about["settings"]["given"] for about in abouts] == [
+        {"source": "x", "strength": strength} for strength in (0, 0.3)
+    ]
+    abouts = record("interpolate", apple, mask, "--frames", 3, "--fixed-noise", *short)
+    assert [about["settings"]["given"] for about in abouts] == [
+        {"frames": 3, "fixed_noise": True, "place": k} for k in range(3)
+    ]
+    abouts = record("mix", "--image", f"{apple}:0.7", "--text", "a hat:0.3", "--n", 2)
+    assert [about["settings"]["given"] for about in abouts] == [
+        {"images": [["apple.png", 0.7]], "texts": [["a hat", 0.3]], "place": k} for k in range(2)
+    ]
+    assert abouts[0]["prompt"] == "a hat" and abouts[0]["settings"]["source"] == "apple.png"
+    (about,) = record("vary", apple, "--invert", "--eta", 0.5, *short)
+    assert about["settings"]["given"] == {"invert": True} and about["settings"]["eta"] == 0.5
+    assert record("vary", apple)[0]["settings"]["given"] == {"invert": False}
+
+
+def test_pictures_of_embeddings_say_of_which(run, tmp_path, apple):
+    run("embed", apple, "--out", tmp_path / "z.safetensors")
+    run("vary", tmp_path / "z.safetensors", "--size", 16, "--out", tmp_path / "o.png")
+    given = read_about(tmp_path / "o.png")["settings"]["given"]
+    assert given == {"invert": False, "key": str(apple)}
+
+
 def test_an_interpolation_is_pictures_a_sheet_and_an_animation(run, tmp_path, apple):
     other, out = tmp_path / "sky.png", tmp_path / "o"
     Image.new("RGB", (16, 20), "blue").save(other)
@@ -311,6 +375,8 @@ def test_assemble_refuses_another_encoder(run, tmp_path, model_folder):
         (["text", "x", "--device", "abacus"], "abacus"),
         (["text", "x", "--n", 2, "--out", "one.png"], "one file"),
         (["text", "x", "--out", "one.jpg", "--format", "png"], "one.jpg is no png"),
+        (["text", "x", "--out", "one.gif"], "written as .png, .webp or .jpg, and .gif is none"),
+        (["text", "x", "--n", 2, "--out", "w/one.TIFF"], ".TIFF is none of these"),
         (["text", "x", "--dtype", "fp8"], "bf16"),
         (["assemble", "--out", "built"], "nothing to assemble"),
         (["mix"], "nothing to mix"),
@@ -323,7 +389,7 @@ def test_usage_errors_exit_2_and_say_what_is_valid(run, args, message, tmp_path,
     code, _, err = run(*args)
     assert code == 2 and message in err, err
     assert "Traceback" not in err
-    assert list(tmp_path.glob("**/*.png")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_out_is_refused_before_the_model_is_loaded(run, tmp_path):
@@ -641,6 +707,20 @@ def test_what_is_wrong_with_a_file_of_prompts_is_named(run, tmp_path, name, text
     (tmp_path / name).write_text(text)
     got, _, err = run("text", "--prompts", tmp_path / name, "--out", tmp_path / "o")
     assert got == code and message in err, err
+
+
+@pytest.mark.parametrize("name", ["batch.png", "batch.bmp"])
+def test_a_file_of_prompts_makes_no_folder_named_as_a_picture(run, tmp_path, name):
+    (tmp_path / "p.txt").write_text("a red apple\n")
+    code, _, err = run("text", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "w" / name)
+    assert code == 2 and "one picture's name" in err and not (tmp_path / "w").exists()
+
+
+def test_a_folder_where_a_picture_is_expected_is_said_to_be_one(run, tmp_path):
+    """It was called a damaged picture."""
+    (tmp_path / "in").mkdir()
+    code, _, err = run("vary", tmp_path / "in", "--out", tmp_path / "o")
+    assert code == 3 and "in is a folder, and a picture is expected" in err
 
 
 def test_a_tar_or_folder_of_something_else_is_left_alone(run, tmp_path, apple):

@@ -39,6 +39,18 @@ def exact(pipe: AnyStack) -> AnyStack:
     return pipe.with_decoder_sampling(decoders.exact(STEPS))
 
 
+def anew(pipe: AnyStack, strength: float) -> AnyStack:
+    """A model that draws as `inpaint` does: DDIM, eta 0, in so much of 50 steps.
+
+    **Raises**: `ConfigError` for a strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength = {strength}: must be above 0, and at most 1")
+    usual = {"sampler": "ddim", "steps": math.ceil(strength * STEPS), "eta": 0.0}
+    own = pipe.need("decoder", "pictures").sampling
+    return pipe.with_decoder_sampling(own.model_copy(update=usual))
+
+
 def invert(
     pipe: Stack,
     images: Picture | Sequence[Picture],
@@ -234,8 +246,7 @@ def inpaint(
 
     **Raises**: `ConfigError` for a strength outside (0, 1], a mask of another size or all black.
     """
-    if not 0 < strength <= 1:
-        raise ConfigError(f"strength = {strength}: must be above 0, and at most 1")
+    ddim = anew(pipe, strength)
     picture, opts, seeds = as_picture(image), Options.of(options), as_seeds(seed, n)
     decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
     kept = None
@@ -247,8 +258,6 @@ def inpaint(
         times = torch.full((n,), levels - 1)
         own = [s ^ (1 << 40) for s in seeds]  # the seeds' first numbers are the prior's
         x_T = decoder.diffusion.q_sample(x_0, times, noise(pipe, own))
-    usual = {"sampler": "ddim", "steps": math.ceil(strength * STEPS), "eta": 0.0}
-    ddim = pipe.with_decoder_sampling(decoder.sampling.model_copy(update=usual))
     z_image = pipe.encode_image(picture) if prompt is None else None
     start = Start(x_T, levels, kept, repeats)
     drawn = ddim.iterate(prompt, n, seeds[0], z_image=z_image, x_T=start, options=opts)

@@ -63,6 +63,10 @@ def load_image(
         raise
     except FileNotFoundError:
         raise DataError(f"no picture at {label}", "missing") from None
+    except IsADirectoryError:
+        raise DataError(
+            f"{label} is a folder, and a picture is expected; name a picture in it", "no picture"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{label} claims more pixels than the limit of {MAX_PIXELS:,}; scale it down first",

@@ -247,9 +247,7 @@ def _reads(
         with _readable():
             about = read_about(path)
         settings = about["settings"]
-        verb = settings.get("verb")
-        own = {"caption": about.get("prompt", ""), "negative": settings.get("negative_prompt", "")}
-        own |= settings.get("given", {})
+        verb, own = form_of(about)
         updates: list[Any] = []
         for tab, form in zip(TABS, forms, strict=True):
             mine = own if tab.verb.name == verb else {}
@@ -258,7 +256,7 @@ def _reads(
         own = (
             {"size": 0, "steps": 0, "guidance": 0, "sampler": ""}
             | plain
-            | {"seed": about["seed"], "model": gr.skip()}
+            | {"seed": about["seed"] - _before(settings), "model": gr.skip()}
         )
         updates += [own.get(name) for name in shared]
         known = verb in [tab.verb.name for tab in TABS]
@@ -268,12 +266,38 @@ def _reads(
     drop.upload(read, drop, [tabs, *every, *shared.values(), note])
 
 
+def form_of(about: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The tab that makes what a PNG says, and its fields; those of the shell's verbs too."""
+    settings = about["settings"]
+    given, verb = settings.get("given", {}), settings.get("verb")
+    own = {"caption": about.get("prompt", ""), "negative": settings.get("negative_prompt", "")}
+    if verb == "vary" and "invert" in given:
+        own["change"] = settings.get("eta", 1) if given["invert"] else 1
+    elif verb == "mix" and "place" in given:
+        images, texts = ([weight for _, weight in given[kind]] for kind in ("images", "texts"))
+        most = max(1, *images, *texts)  # sliders end at 1, and only proportions count
+        weights = [
+            *zip(("first_weight", "second_weight"), images, strict=False),
+            *zip(("caption_weight",), texts, strict=False),
+        ]
+        own |= {name: weight / most for name, weight in weights}
+        own["n"] = given["place"] + 1
+    return "inpaint" if verb == "redraw" else verb, own | given
+
+
+def _before(settings: dict[str, Any]) -> int:
+    """How many pictures of its call come before one that its own seed alone does not make."""
+    return settings.get("given", {}).get("place", 0) if settings.get("verb") == "mix" else 0
+
+
 def _said(about: dict[str, Any], studio: Studio) -> str:
     """What a PNG says that no field of the page shows."""
     settings, model = about["settings"], studio.model
     lines = [f"Made by `{settings.get('verb')}`, seed {about['seed']}."]
     if settings.get("source"):
         lines.append(f"It was made from `{settings['source']}`, which is not in it.")
+    if settings.get("given", {}).get("mask"):
+        lines.append(f"Its mask was `{settings['given']['mask']}`, which is not in it.")
     if model is None or about.get("model") != model.hash:
         lines.append(f"Its model was another one than is chosen: `{about.get('model')}`.")
     for name in ("steps", "guidance", "sampler"):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from unclip.cli.output import Writer
 from unclip.cli.shell import name_of, settings_of, square
-from unclip.edit import exact
 from unclip.errors import CheckpointError, ConfigError, DataError, warnings_to
 from unclip.files.checkpoints import list_checkpoints
 from unclip.files.diffusers import PIPELINE
@@ -58,13 +57,17 @@ class Verb:
     """One thing to do with a model.
 
     `draw` is called with the model, the first seed, `Options`, and by name what the form gives:
-    pictures as `Path`s, and what will be seen as `caption`. `exact` says of that whether inverted
-    noise is drawn from; with `one_seed` all pictures of a call have the same.
+    pictures as `Path`s, and what will be seen as `caption`. `drawn_by` gives the model and the
+    options that it draws with, `own` what of the form picture k is told beside its plain values;
+    with `one_seed` all pictures of a call have the same.
     """
 
     name: str
     draw: Callable[..., Iterable[Image]]
-    exact: Callable[[Mapping[str, Any]], bool] = lambda given: False
+    drawn_by: Callable[[UnCLIP, Options, Mapping[str, Any]], tuple[UnCLIP, Options]] = (
+        lambda pipe, options, given: (pipe, options)
+    )
+    own: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = lambda given, k: {}
     one_seed: bool = False
     meant_for: str = "decoder"
 
@@ -165,23 +168,23 @@ class Studio:
         given: Mapping[str, Any],
         watch: _Watch,
     ) -> Iterator[Made]:
-        pipe, first = exact(model.pipe) if verb.exact(given) else model.pipe, as_seeds(seed, 1)[0]
+        (pipe, options), first = verb.drawn_by(model.pipe, options, given), as_seeds(seed, 1)[0]
         files = [part for part in given.values() if isinstance(part, Path)]
         caption = given.get("caption", "").strip()
         about = {
             "verb": verb.name,
             "source": ", ".join(file.name for file in files) or None,
             "dtype": name_of(pipe.dtype),
-            "given": _plain(given),
         }
-        said = {"prompt": caption, "model": model.hash}
-        said["settings"] = settings_of(pipe, options, about)
         title = " ".join([*(file.stem for file in files), caption or verb.name])
         watched = replace(options, progress=watch.progress, preview=watch.preview)
         writer = Writer(self.out, 1)
         for k, picture in enumerate(verb.draw(pipe, first, watched, **given)):
             own = first if verb.one_seed else first + k
-            yield Made(writer.save(picture, title, said | {"seed": own}), own)
+            said = {"prompt": caption, "seed": own, "model": model.hash}
+            told = _plain(given) | dict(verb.own(given, k))
+            said["settings"] = settings_of(pipe, options, about, told)
+            yield Made(writer.save(picture, title, said), own)
 
 
 class _Watch:

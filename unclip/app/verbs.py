@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from PIL import Image
 
 from unclip.app.studio import NO_PICTURE, Verb, bounded, of_a_size, uploaded
 from unclip.cli.arguments import numbers
+from unclip.edit import anew, exact
 from unclip.errors import DataError
+from unclip.images import to_rgb
 from unclip.options import Options
 from unclip.pipeline import UnCLIP
 
@@ -29,7 +32,7 @@ def vary(
     """Variations of a picture; below a change of 1 they start from its own noise."""
     given, count = uploaded(picture), bounded("n", n)
     if change < 1:
-        return pipe.variations(given, count, seed, inverted=True, options=options, eta=change)
+        return pipe.variations(given, count, seed, inverted=True, options=options)
     return pipe.iterate(None, count, seed, image=given, options=options)
 
 
@@ -118,17 +121,64 @@ def unpainted(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image 
     """
     if painted is None or painted["background"] is None:
         raise DataError(NO_PICTURE)
-    picture = of_a_size(painted["background"], "the picture").convert("RGB")
+    picture = to_rgb(of_a_size(painted["background"], "the picture"))
     mask = np.zeros((picture.height, picture.width), bool)
     for layer in painted["layers"]:
         mask |= np.asarray(layer.getchannel("A")) > 0
     return picture, Image.fromarray(mask.astype(np.uint8) * 255) if mask.any() else None
 
 
+def varied(pipe: UnCLIP, options: Options, change: float) -> tuple[UnCLIP, Options]:
+    """What draws variations: below a change of 1, from inverted noise with so much fresh noise."""
+    if change < 1:
+        return exact(pipe), replace(options, eta=change)
+    return pipe, pipe.varied(options)
+
+
+def mixed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was mixed: files and texts, and their weights."""
+    files = [(x.name, given[f"{k}_weight"]) for k in ("first", "second") if (x := given[k])]
+    said = given["caption"].strip()
+    return {"images": files, "texts": [(said, given["caption_weight"])] if said else []}
+
+
+def painted_over(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether anything was painted over, and told what to be."""
+    mask = unpainted(given["painted"])[1] and "painted"
+    return {"mask": mask, "as_it_is": not given["caption"].strip()}
+
+
 TEXT = Verb("text", text)
-VARY = Verb("vary", vary, exact=lambda given: given["change"] < 1)
-MIX = Verb("mix", mix)
-INTERPOLATE = Verb("interpolate", interpolate, exact=lambda given: True, one_seed=True)
-EDIT = Verb("edit", edit, exact=lambda given: True, one_seed=True)
-INPAINT = Verb("inpaint", inpaint)
+VARY = Verb(
+    "vary",
+    vary,
+    drawn_by=lambda pipe, options, given: varied(pipe, options, given["change"]),
+    own=lambda given, k: {"invert": given["change"] < 1},
+)
+MIX = Verb(
+    "mix",
+    mix,
+    drawn_by=lambda pipe, options, given: (pipe, pipe.varied(options)),
+    own=lambda given, k: {**mixed(given), "place": k},
+)
+INTERPOLATE = Verb(
+    "interpolate",
+    interpolate,
+    drawn_by=lambda pipe, options, given: (exact(pipe), options),
+    own=lambda given, k: {"place": k},
+    one_seed=True,
+)
+EDIT = Verb(
+    "edit",
+    edit,
+    drawn_by=lambda pipe, options, given: (exact(pipe), options),
+    own=lambda given, k: {"strength": numbers("strength", given["strength"])[k]},
+    one_seed=True,
+)
+INPAINT = Verb(
+    "inpaint",
+    inpaint,
+    drawn_by=lambda pipe, options, given: (anew(pipe, given["strength"]), options),
+    own=lambda given, k: painted_over(given),
+)
 UPSCALE = Verb("upscale", upscale, meant_for="upsampler", one_seed=True)

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from unclip.cli.arguments import SEEDS
-from unclip.cli.output import encoded, slug
+from unclip.cli.output import encoded, named_as_picture, slug
 from unclip.config import Config, parse_config
 from unclip.errors import ConfigError, DataError, UnclipError
 from unclip.files.disk import check_writable, replacing
@@ -206,6 +206,11 @@ class Tar:
 
 def open_place(out: Path, form: str) -> Place:
     """A .tar file, or else a folder. **Raises**: `ConfigError` if nothing can be written there."""
+    if named_as_picture(out):
+        raise ConfigError(
+            f"--out {out} is one picture's name, but a file of prompts makes several; name a "
+            "folder or a .tar, and png, webp or jpg by --format"
+        )
     try:
         return (Tar if out.suffix.lower() == ".tar" else Folder)(out, f".{form}")
     except UnclipError:

@@ -3,6 +3,7 @@ inpaint, redraw."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,10 +31,11 @@ NewPrompt = Annotated[
 
 def reconstruct(image: Picture, asked: Asked) -> None:
     """Draw a picture again from its embedding and its noise, and say how close it comes."""
+    from unclip.edit import exact
     from unclip.images import fit_square, load_image, psnr, to_tensor
 
     picture = load_image(image)
-    making = Making("reconstruct", asked, source=image.name, exact=True)
+    making = Making("reconstruct", asked, source=image.name, drawn_by=exact)
     again = making.pipe.reconstruct(picture, seed=asked.seed, options=making.options)
     making.save([again], [f"{image.stem} reconstructed"])
     target = fit_square(picture, again.width)
@@ -51,17 +53,18 @@ def interpolate(
     webp: Annotated[bool, typer.Option("--webp", help="Also an animated WebP.")] = False,
 ) -> None:
     """Go from picture to picture; the ends are their reconstructions."""
+    from unclip.edit import exact
     from unclip.images import load_image
 
     pictures, count = [load_image(path) for path in images], (len(images) - 1) * (frames - 1) + 1
     source = ", ".join(path.name for path in images)
-    making = Making("interpolate", asked, count, source=source, exact=True)
-    between = making.pipe.interpolate(
-        pictures, frames, fixed_noise=fixed_noise, seed=asked.seed, options=making.options
-    )
+    given: dict[str, Any] = {"frames": frames, "fixed_noise": fixed_noise}
+    making = Making("interpolate", asked, count, source=source, drawn_by=exact, given=given)
+    between = making.pipe.interpolate(pictures, **given, seed=asked.seed, options=making.options)
     title = " to ".join(path.stem for path in images)
     names = [f"{title} {k:03}" for k in range(count)]
-    making.save(between, names, title=title, columns=frames, one_seed=True)
+    places = [{"place": k} for k in range(count)]
+    making.save(between, names, title=title, columns=frames, one_seed=True, own=places)
     for suffix in [name for name, wanted in ((".gif", gif), (".webp", webp)) if wanted]:
         making.writer.animation(between, title, suffix)
 
@@ -76,16 +79,25 @@ def edit(
     ] = "0.35",
 ) -> None:
     """Turn a picture towards what one caption adds to another (text diff)."""
+    from unclip.edit import exact
     from unclip.images import load_image
 
-    strengths = numbers("--strength", strength)
+    strengths, given = numbers("--strength", strength), {"source": source}
     picture = load_image(image)
-    making = Making("edit", asked, len(strengths), source=image.name, exact=True)
+    making = Making("edit", asked, len(strengths), source=image.name, drawn_by=exact, given=given)
     turned = making.pipe.text_diff(
         picture, target, source, strengths, asked.seed, options=making.options
     )
     names, title = [f"{image.stem} {target} {s:g}" for s in strengths], f"{image.stem} {target}"
-    making.save(turned, names, title=title, columns=len(strengths), one_seed=True)
+    making.save(
+        turned,
+        names,
+        prompts=[target] * len(names),
+        title=title,
+        columns=len(names),
+        one_seed=True,
+        own=[{"strength": s} for s in strengths],
+    )
 
 
 def mix(
@@ -108,9 +120,15 @@ def mix(
     parts: list[Any] = [*(load_image(path) for path, _ in named), *(words for words, _ in said)]
     weights = [weight for _, weight in (*named, *said)]
     title = " ".join([*(Path(path).stem for path, _ in named), *(words for words, _ in said)])
-    making = Making("mix", asked, n, source=title, negative_prompt=negative, prior=prior)
+    given = {"images": [(Path(path).name, weight) for path, weight in named], "texts": said}
+    source = ", ".join(name for name, _ in given["images"]) or None
+    more: dict[str, Any] = {"given": given, "negative_prompt": negative, "prior": prior}
+    making = Making("mix", asked, n, source=source, **more)
+    making.options = making.pipe.varied(making.options)
     mixed = making.pipe.mix(parts, weights, n, asked.seed, options=making.options)
-    making.save(mixed, [f"{title} mix"] * n)
+    places = [{"place": k} for k in range(n)]  # texts are embedded by the first's seed
+    prompt = ", ".join(words for words, _ in said)
+    making.save(mixed, [f"{title} mix"] * n, prompts=[prompt] * n, own=places)
 
 
 def inpaint(
@@ -127,13 +145,8 @@ def inpaint(
     prior: Prior = None,
 ) -> None:
     """Draw a part of a picture anew and keep the rest."""
-    from unclip.images import load_image
-
-    picture, shape = load_image(image), load_image(mask)
-    making = Making("inpaint", asked, n, source=image.name, negative_prompt=negative, prior=prior)
-    given: dict[str, Any] = {"repeats": repeats, "options": making.options}
-    drawn = making.pipe.inpaint(picture, shape, prompt, strength, n, asked.seed, **given)
-    making.save(drawn, [f"{image.stem} {prompt or 'inpainted'}"] * n)
+    more = {"negative_prompt": negative, "prior": prior}
+    _anew(image, mask, asked, prompt, strength, n, repeats, **more)
 
 
 def redraw(
@@ -146,11 +159,28 @@ def redraw(
     prior: Prior = None,
 ) -> None:
     """Draw all of a picture anew, from so much of its noise (image to image)."""
+    _anew(image, None, asked, prompt, strength, n, negative_prompt=negative, prior=prior)
+
+
+def _anew(
+    image: Path,
+    mask: Path | None,
+    asked: Asked,
+    prompt: str | None,
+    strength: float,
+    n: int,
+    repeats: int = 1,
+    **more: Any,
+) -> None:
+    from unclip.edit import anew
     from unclip.images import load_image
 
-    picture = load_image(image)
-    making = Making("redraw", asked, n, source=image.name, negative_prompt=negative, prior=prior)
-    drawn = making.pipe.inpaint(
-        picture, None, prompt, strength, n, asked.seed, options=making.options
-    )
-    making.save(drawn, [f"{image.stem} {prompt or 'redrawn'}"] * n)
+    picture, shape = load_image(image), None if mask is None else load_image(mask)
+    given = {"mask": mask and mask.name, "strength": strength, "repeats": repeats}
+    more["given"] = {**given, "as_it_is": prompt is None}
+    verb, done = ("redraw", "redrawn") if mask is None else ("inpaint", "inpainted")
+    by = partial(anew, strength=strength)
+    making = Making(verb, asked, n, source=image.name, drawn_by=by, **more)
+    how: dict[str, Any] = {"repeats": repeats, "options": making.options}
+    drawn = making.pipe.inpaint(picture, shape, prompt, strength, n, asked.seed, **how)
+    making.save(drawn, [f"{image.stem} {prompt or done}"] * n, prompts=[prompt or ""] * n)

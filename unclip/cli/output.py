@@ -63,6 +63,11 @@ class Writer:
         self.expect(count)
         if form not in (None, self.form):
             raise ConfigError(f"--out {out} is no {form}, which --format asks for")
+        if not self.single and named_as_picture(out):
+            raise ConfigError(
+                f"--out {out}: pictures are written as .png, .webp or .jpg, and {out.suffix} is "
+                "none of these; name such a file, or a folder"
+            )
         check_writable(out.parent if self.single else out, "--out")
         self.thumbnails: list[Image.Image] = []
 
@@ -104,6 +109,11 @@ class Writer:
             raise ConfigError(f"can't write {path}: {error.strerror or error}") from None
         print(path, flush=True)
         return path
+
+
+def named_as_picture(path: Path) -> bool:
+    """Whether a path is named as pictures are, of any format, and is no folder."""
+    return path.suffix.lower() in Image.registered_extensions() and not path.is_dir()
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

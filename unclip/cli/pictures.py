@@ -103,26 +103,28 @@ def vary(
 ) -> None:
     """Make variations of a picture, or pictures of embeddings that `embed` wrote."""
     from unclip.data.embeddings import SUFFIXES, read_embeddings
-    from unclip.edit import pair
+    from unclip.edit import exact, pair
     from unclip.images import load_image
 
     picture = None if source.suffix in SUFFIXES else load_image(source)
     if invert and picture is None:
         raise ConfigError("--invert needs a picture; embeddings have no noise of their own")
-    making = Making("vary", asked, n, source=source.name, exact=invert, eta=eta)
+    by, given = exact if invert else None, {"invert": invert}
+    making = Making("vary", asked, n, source=source.name, drawn_by=by, given=given, eta=eta)
     making.options = making.pipe.varied(making.options)
     z_image, keys = None, [source.stem]
     if picture is None:
         z_image, keys = read_embeddings(source, making.pipe.encoder)
     making.writer.expect(n * len(keys))
-    given: dict[str, Any] = {"options": making.options}
+    how: dict[str, Any] = {"options": making.options}
     if invert and picture is not None:
-        z_image, given["x_T"] = pair(making.pipe, picture, given)
-    how = {"image": picture} if z_image is None else {"z_image": z_image}
-    pictures = making.pipe.iterate(n=n, seed=asked.seed, **how, **given)
+        z_image, how["x_T"] = pair(making.pipe, picture, how)
+    how |= {"image": picture} if z_image is None else {"z_image": z_image}
+    pictures = making.pipe.iterate(n=n, seed=asked.seed, **how)
     names = [f"{Path(key).stem} variation" for key in keys for _ in range(n)]
+    own = [{"key": key} for key in keys for _ in range(n)] if picture is None else None
     title = f"{source.stem} variation"
-    making.save(pictures, names, columns=_columns(len(keys), n), title=title)
+    making.save(pictures, names, columns=_columns(len(keys), n), title=title, own=own)
 
 
 def upscale(image: Picture, asked: Asked) -> None:
@@ -154,9 +156,9 @@ def app(
         raise ConfigError("the web page needs gradio: pip install 'unclip[app]'") from None
 
     from unclip.app.studio import Studio
-    from unclip.files.disk import check_writable
+    from unclip.cli.output import Writer
 
-    check_writable(out, "--out")
+    Writer(out, 1)  # says what is wrong with it
     where = to_device(device)
     studio = Studio(out, where, precision(dtype, where), offload)
     url = launch(studio, str(model or default_model()), port)

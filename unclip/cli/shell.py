@@ -6,7 +6,7 @@ Nothing here imports torch before a verb has work to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ class Making:
 
     `count` says how many there will be (None: whoever asks writes them), `meant_for` which kind of
     stage single values of options are for; `more` are options that not every verb has, and `source`
-    names what is worked on; `exact` draws from inverted noise.
+    names what is worked on; `drawn_by` makes of the model the one that draws, and `given` are the
+    verb's own arguments, as pictures will tell them.
 
     **Raises**: `ConfigError` where nothing can be written, before the model is loaded, or for
     options that it can't follow; `CheckpointError`.
@@ -44,7 +45,8 @@ class Making:
         *,
         meant_for: str = "decoder",
         source: str | None = None,
-        exact: bool = False,
+        drawn_by: Callable[[UnCLIP], UnCLIP] | None = None,
+        given: Mapping[str, Any] | None = None,
         **more: Any,
     ):
         self.seed = asked.seed
@@ -70,21 +72,20 @@ class Making:
         dtype = precision(asked.dtype, device)
         self.hash = model.hash
         self.pipe = UnCLIP.from_pretrained(model, device, dtype, offload=asked.offload)
-        if exact:
-            from unclip.edit import exact as as_inverted
-
-            self.pipe = as_inverted(self.pipe)
+        if drawn_by is not None:
+            self.pipe = drawn_by(self.pipe)
         named |= {name: getattr(asked, name) for name in ("size", "tile")}
         if asked.interval is not None:
             named["interval"] = tuple(numbers("--interval", asked.interval))
         self.options = Options.of(named | more, meant_for=meant_for)
         changes = [str(path) for path in lora] or None
         self.about = {"verb": verb, "source": source, "dtype": name_of(dtype), "lora": changes}
+        self.given = given or {}
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `settings_of`."""
-        return settings_of(self.pipe, self.options, self.about)
+        return settings_of(self.pipe, self.options, self.about, self.given)
 
     def save(
         self,
@@ -95,27 +96,37 @@ class Making:
         columns: int | None = None,
         title: str | None = None,
         one_seed: bool = False,
+        own: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Write each picture as it is ready under its name and seed, then a sheet of them all.
 
-        Prompts that differ are the sheet's captions.
+        Prompts that differ are the sheet's captions; `own` is what each picture was given besides.
         """
-        same = {"settings": self.settings, "model": self.hash}
         for k, picture in enumerate(pictures):
-            seed = self.seed if one_seed else self.seed + k
-            own = {"prompt": prompts[k] if prompts else "", "seed": seed}
-            self.writer.save(picture, names[k], own | same)
+            given = {**self.given, **(own[k] if own else {})}
+            about = {
+                "prompt": prompts[k] if prompts else "",
+                "seed": self.seed if one_seed else self.seed + k,
+                "settings": settings_of(self.pipe, self.options, self.about, given),
+                "model": self.hash,
+            }
+            self.writer.save(picture, names[k], about)
         captions = prompts if len(set(prompts or ())) > 1 else None
         self.writer.sheet(title or names[0], columns or square(len(names)), captions)
 
 
-def settings_of(pipe: UnCLIP, options: Options, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What reproduces pictures, besides their prompts, seeds and the model."""
+def settings_of(
+    pipe: UnCLIP, options: Options, about: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What reproduces pictures, besides their prompts, seeds and the model.
+
+    `pipe` and `options` are those that draw, `given` the verb's own arguments.
+    """
     asked = options.described()
     asked["prior_candidates"] = asked["prior_candidates"] or pipe.prior_candidates
     sampling = options.resolve(pipe.stages)
     used = {name: config.model_dump() for name, config in sampling.items()}
-    said = {**about, **asked, "sampling": used}
+    said = {**about, "given": dict(given) or None, **asked, "sampling": used}
     return {name: value for name, value in said.items() if value is not None}
 
 
