@@ -309,6 +309,7 @@ def test_assemble_refuses_another_encoder(run, tmp_path, model_folder):
         (["text", "x", "--steps", "prior=2=3"], "--steps"),
         (["text", "x", "--steps", "first=2"], "prior, decoder"),
         (["text", "x", "--device", "abacus"], "abacus"),
+        (["text", "x", "--device", "meta"], "device = 'meta' can't be used here"),
         (["text", "x", "--n", 2, "--out", "one.png"], "one file"),
         (["text", "x", "--out", "one.jpg", "--format", "png"], "one.jpg is no png"),
         (["text", "x", "--dtype", "fp8"], "bf16"),

@@ -266,6 +266,20 @@ def test_save_and_load_give_the_same_pictures(pipe, tmp_path):
     same(copy.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0], levels=0)
 
 
+def test_a_folder_that_can_not_be_written_is_said(pipe, tmp_path):
+    """It was an OSError."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"can't write into .*model: .*; choose another folder"):
+        pipe.save_pretrained(tmp_path / "file/model")
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "", 1.5])
+def test_a_device_that_can_not_be_used_is_said(model_folder, device):
+    """It was torch's error, and for `meta`, which holds no numbers, a later one."""
+    with pytest.raises(ConfigError, match=f"device = '{device}' can't be used here: ."):
+        UnCLIP.from_pretrained(model_folder, device=device)
+
+
 def test_half_precision_weights_load_as_float32_and_keep_statistics(pipe, tmp_path):
     scale = pipe.prior.network.scale
     pipe.save_pretrained(tmp_path / "half", torch.float16)
