@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept, mask_at
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
-from unclip.inputs import Picture, as_embeddings, as_picture, as_pictures, as_seeds
+from unclip.inputs import Picture, as_embeddings, as_number, as_picture, as_pictures, as_seeds
 from unclip.options import Options
 from unclip.progress import Progress
 from unclip.randomness import noise_of
@@ -49,8 +48,9 @@ def invert(
     """x_T of pictures, padded to squares: the noise from which `redraw` draws them again.
 
     `z_image` are their embeddings, if they are known. **Shapes**: B pictures, z_image (B, D) →
-    (B, 3, R, R). **Raises**: `ConfigError` for embeddings that do not fit.
+    (B, 3, R, R). **Raises**: `ConfigError` for embeddings that do not fit, or steps that can't be.
     """
+    steps = as_number("steps", steps, 1)
     decoder, pictures = pipe.need("decoder", "inversion"), as_pictures(images)
     z = as_embeddings(pipe.encode_image(pictures) if z_image is None else z_image, decoder.width)
     if len(z) != len(pictures):
@@ -99,6 +99,7 @@ def vary(
     pipe: Stack, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
 ) -> list[Image.Image]:
     """n variations from each picture's own x_T: at eta 0 they are `reconstruct` (Section 3.1)."""
+    n = as_number("n", n, 1)
     z_image, x_T = pair(pipe, image, options)
     x_T, own = x_T.repeat_interleave(n, 0), exact(pipe)
     opts = own.varied(Options.of(options))
@@ -129,8 +130,7 @@ def interpolate(
     pictures = as_pictures(images)
     if len(pictures) < 2:
         raise ConfigError("1 picture: two or more are needed to go between")
-    if frames < 2:
-        raise ConfigError(f"frames = {frames}: at least 2, the first and the last picture")
+    frames = as_number("frames", frames, 2)  # the first and the last picture
     first = as_seeds(seed, 1)
     if fixed_noise:
         z_image, x_T = pipe.encode_image(pictures), noise(pipe, first)
@@ -194,7 +194,8 @@ def mix(
     """
     if not parts:
         raise ConfigError("nothing to mix: name pictures, texts or embeddings")
-    seeds, opts = as_seeds(seed, n), Options.of(options)
+    pipe.need("decoder", "pictures")
+    seeds, opts = as_seeds(seed, as_number("n", n, 1)), Options.of(options)
     texts = [part for part in parts if isinstance(part, str)]
     images = [part for part in parts if isinstance(part, Image.Image | Path | np.ndarray)]
     told: dict[str, Any] = {"seed": seeds[0], "options": opts.of_priors()}
@@ -209,7 +210,7 @@ def mix(
             rows.append(next(of_text if isinstance(part, str) else of_image).float())
     weights = [1.0] * len(rows) if weights is None else weights
     z_image = sphere.mix(torch.stack(rows), weights)[None]
-    opts = pipe.varied(replace(opts, prior=None, prior_candidates=None))
+    opts = pipe.varied(opts.of_pictures() if texts else opts)
     return list(pipe.iterate(n=n, seed=seeds[0], z_image=z_image, options=opts))
 
 
@@ -236,6 +237,7 @@ def inpaint(
     """
     if not 0 < strength <= 1:
         raise ConfigError(f"strength = {strength}: must be above 0, and at most 1")
+    n, repeats = as_number("n", n, 1), as_number("repeats", repeats)
     picture, opts, seeds = as_picture(image), Options.of(options), as_seeds(seed, n)
     decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
     kept = None
