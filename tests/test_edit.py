@@ -29,6 +29,7 @@ from unclip.stages.ar_prior import ArSamplingConfig, ArStage
 
 APPLE, SQUARES = "a red apple", "a blue square and two green circles"
 STEPS = 8
+OFF = {"guidance": 1.0}
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 40)) -> Image.Image:
@@ -123,6 +124,8 @@ def test_noise_may_be_given_wherever_pictures_are_made(pipe):
 def test_the_noise_of_a_batch_in_chunks_is_that_of_each(pipe, monkeypatch):
     z = pipe.encode_image([picture()] * 3)
     x_T = pipe.noise([1, 2, 3])
+    first = torch.randn(x_T.shape[1:], generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(x_T[0], first)  # which fresh noise on the way begins with
     whole = pipe.image_from_embedding(z, size=32, x_T=x_T)
     monkeypatch.setattr("unclip.stages.stage.CHUNK_PIXELS", 2 * 16**2)
     for a, b in zip(whole, pipe.image_from_embedding(z, size=32, x_T=x_T), strict=True):
@@ -340,15 +343,33 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
     same(again.text_to_image(APPLE, size=16)[0], drawn)
 
 
+def test_options_of_a_mix_reach_priors_and_pictures():
+    pipe = guided_pipeline()
+    plain = pipe.mix([APPLE], size=16, negative_prompt=SQUARES)[0]
+    for how in ({"guidance": {"prior": 9.0}}, {"prior": "text"}, {"interval": (0.9, 1)}):
+        drawn = pipe.mix([APPLE], size=16, negative_prompt=SQUARES, **how)[0]
+        assert distance(drawn, plain) > 0.001
+    pipe = tiny_pipeline().with_decoder_sampling(pipe.prior.sampling.model_copy(update=OFF))
+    pipe.mix([APPLE], size=16, steps=2, guidance=3.0, negative_prompt=SQUARES, prior_candidates=1)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
         (lambda p: p.interpolate([picture()]), "1 picture: two or more"),
         (lambda p: p.interpolate([picture()] * 2, frames=1), "frames = 1"),
+        (lambda p: p.interpolate([picture()] * 2, frames=2.5), "frames = 2.5: must be a whole"),
         (lambda p: p.text_diff(picture(), target=APPLE, source=APPLE), "same embedding"),
         (lambda p: p.text_diff(picture(), target=APPLE, strength=float("nan")), "finite"),
         (lambda p: p.text_diff(picture(), target=APPLE, strength=[]), "one or more"),
         (lambda p: p.mix([]), "nothing to mix"),
+        (lambda p: p.mix([picture()], n=0), "n = 0: must be at least 1"),
+        (lambda p: p.mix([picture()], prior="ar"), "no text becomes an embedding"),
+        (lambda p: p.mix([picture()], prior_candidates=2), "no effect without a prior"),
+        (lambda p: p.mix([picture()], guidance={"prior": 2.0}), "guidance for 'prior'"),
+        (lambda p: p.mix([APPLE], prior="text", guidance={"prior": 2.0}), "guidance for 'prior'"),
+        (lambda p: p.mix([APPLE], guidance=1.0, interval=(0.2, 0.8)), "interval.*no effect"),
+        (lambda p: p.mix([APPLE], guidance=1.0, negative_prompt=SQUARES), "negative.*no effect"),
         (lambda p: p.mix([picture(), APPLE], [1, -1]), "sum to more than 0"),
         (lambda p: p.mix([picture(), APPLE], [1]), "1 weights for 2"),
         (lambda p: p.mix([picture(), torch.zeros(5)]), r"\(1, 5\).*16"),
@@ -356,8 +377,17 @@ def test_the_autoregressive_prior_is_a_stage_beside_the_other(tmp_path):
         (lambda p: p.inpaint(picture(), half_mask((20, 40)), APPLE), "20 x 40.*40 x 40"),
         (lambda p: p.inpaint(picture(), None, APPLE, strength=0), "strength = 0"),
         (lambda p: p.inpaint(picture(), None, APPLE, strength=0.01, steps=50), "50 sampling"),
+        (lambda p: p.inpaint(picture(), half_mask(), APPLE, n=0), "n = 0: must be at least 1"),
+        (lambda p: p.inpaint(picture(), None, APPLE, n="2"), "n = '2': must be a whole"),
+        (
+            lambda p: p.inpaint(picture(), None, APPLE, repeats="2"),
+            "repeats = '2': must be a whole",
+        ),
         (lambda p: p.inpaint(picture(), None, APPLE, size=17), "size 17"),
         (lambda p: p.inpaint(picture(), half_mask(), APPLE, size=17), "size 17"),
+        (lambda p: p.invert(picture(), steps=0), "steps = 0: must be at least 1"),
+        (lambda p: p.variations(picture(), n="2", inverted=True), "n = '2': must be a whole"),
+        (lambda p: p.reconstruct(picture(), steps=2, interval=(0.2, 0.8)), "interval.*no effect"),
         (lambda p: p.invert(picture(), torch.zeros(1, 5)), r"\(1, 5\).*16"),
         (lambda p: p.invert(picture(), torch.ones(2, WIDTH)), "2 embeddings for 1 pictures"),
         (lambda p: p.text_to_image(APPLE, x_T=torch.zeros(2, 3, 16, 16)), r"\(1, 3, 16, 16\)"),

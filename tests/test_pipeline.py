@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from conftest import tiny_clip, tiny_decoder, tiny_pipeline, tiny_prior, tiny_upsampler
 from PIL import Image
 from safetensors.torch import load_file
+from test_edit import tiny_ar_prior
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
@@ -203,6 +205,15 @@ def test_a_sliver_is_refused_before_it_becomes_a_huge_square(pipe):
         ({"tile": 10}, "multiple of 4"),
         ({"n": 0}, "n = 0"),
         ({"prior_candidates": 0}, "at least 1"),
+        ({"prior_candidates": 1.5}, "prior_candidates = 1.5: must be a whole number"),
+        ({"candidates": "2"}, "candidates = '2': must be a whole number"),
+        ({"size": "16"}, "size = '16': must be a whole number"),
+        ({"tile": 64.0}, "tile = 64.0: must be a whole number"),
+        ({"negative_prompt": ["b"]}, "prompt must be text, not list"),
+        ({"interval": (0.2,)}, r"interval = \(0.2,\): expected start,end with 0 <= start <= end"),
+        ({"interval": (0.8, 0.2)}, r"^interval = \(0.8, 0.2\): expected start,end.*end <= 1$"),
+        ({"interval": 0.2}, "interval = 0.2: expected start,end"),
+        ({"interval": (0.2, float("nan"))}, "nan.*expected start,end"),
         ({"candidate": 2}, "unknown option 'candidate'.*candidates"),
     ],
 )
@@ -264,6 +275,20 @@ def test_save_and_load_give_the_same_pictures(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "copy")
     copy = UnCLIP.from_pretrained(tmp_path / "copy")
     same(copy.text_to_image(APPLE)[0], pipe.text_to_image(APPLE)[0], levels=0)
+
+
+def test_a_folder_that_can_not_be_written_is_said(pipe, tmp_path):
+    """It was an OSError."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"can't write into .*model: .*; choose another folder"):
+        pipe.save_pretrained(tmp_path / "file/model")
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "", 1.5])
+def test_a_device_that_can_not_be_used_is_said(model_folder, device):
+    """It was torch's error, and for `meta`, which holds no numbers, a later one."""
+    with pytest.raises(ConfigError, match=f"device = '{device}' can't be used here: ."):
+        UnCLIP.from_pretrained(model_folder, device=device)
 
 
 def test_half_precision_weights_load_as_float32_and_keep_statistics(pipe, tmp_path):
@@ -501,7 +526,7 @@ def test_eta_is_an_error_where_the_decoder_has_no_use_for_it(pipe):
     with pytest.raises(ConfigError, match=r"eta = 0.5.*decoder is sampled by dpm\+\+.*ddim"):
         pipe.image_from_embedding(z, size=16, sampler="dpm++", eta=0.5)
     other = {"prior": "dpm++"}
-    assert pipe.image_from_embedding(z, size=16, sampler=other, eta=0.5)
+    assert pipe.text_to_image(APPLE, size=16, sampler=other, eta=0.5)
     with pytest.raises(ConfigError, match="ddpm"):
         pipe.variations(picture(), size=16, sampler="ddpm", eta=1.0)
     same(
@@ -520,8 +545,72 @@ def test_an_eta_of_the_stage_goes_with_its_own_sampler(pipe):
 def test_options_that_would_change_nothing_are_refused(pipe):
     with pytest.raises(ConfigError, match="candidates = 2 has no effect"):
         pipe.upscale(picture((32, 32)), candidates=2)
+    with pytest.raises(ConfigError, match="eta = 1 has no effect"):
+        pipe.upscale(picture((32, 32)), eta=1)
     with pytest.raises(ConfigError, match="size = 16 has no effect"):
         pipe.text_to_embedding(APPLE, size=16)
+
+
+OFF = {"prior": 1.0, "decoder": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": OFF, "negative_prompt": SQUARES}, "negative_prompt = .*guidance is 1"),
+        ({"guidance": 1.0, "interval": (0.2, 0.8)}, "interval = .*guidance is 1"),
+        ({"prior": "text", "prior_candidates": 4}, "prior_candidates = 4 .*: decoder, upsampler"),
+        ({"prior": "text", "guidance": {"prior": 3.0}}, "guidance for 'prior'"),
+        ({"prior": "text", "steps": {"prior": 3}}, "steps for 'prior'.*here: decoder, upsampler"),
+        ({"prior": "ar", "steps": {"prior": 5}}, "steps for 'prior'.*: ar_prior, decoder"),
+        ({"prior": "ar", "sampler": {"prior": "ddim"}}, "sampler for 'prior'"),
+        ({"guidance": {"ar_prior": 2.0}}, "guidance for 'ar_prior'.*: prior, decoder"),
+        ({"size": 16, "tile": 8}, "tile = 8 .*: prior, decoder$"),
+        ({"size": 32, "steps": {"upsampler_64": 5}}, "steps for 'upsampler_64'.*upsampler_32$"),
+    ],
+)
+def test_what_no_stage_at_work_has_a_use_for_is_refused(options, message):
+    """Each drew the same picture as without it."""
+    pipe = tiny_pipeline()
+    pipe.ar_prior = tiny_ar_prior(pipe.clip)
+    with pytest.raises(ConfigError, match=message) as error:
+        pipe.iterate(APPLE, **options)
+    assert "has no effect" in str(error.value)
+
+
+def test_calls_without_text_or_pictures_refuse_what_is_of_those(pipe):
+    z = pipe.encode_image(picture())
+    how = {"guidance": {"prior": 5.0}}
+    for call in (
+        partial(pipe.variations, picture(), **how),
+        partial(pipe.image_from_embedding, z, steps={"prior": 3}),
+        partial(pipe.image_from_embedding, z, prior_candidates=2),
+        partial(pipe.text_to_embedding, APPLE, guidance={"decoder": 2.0}),
+        partial(pipe.text_to_embedding, APPLE, prior="text", steps=3),
+        partial(pipe.text_to_embedding, APPLE, negative_prompt=SQUARES),  # its guidance is 1
+        partial(pipe.upscale, picture((40, 40)), steps={"upsampler_32": 3}),
+    ):
+        with pytest.raises(ConfigError, match="has no effect"):
+            call()
+
+
+def test_a_prior_beside_embeddings_is_asked_for_what_they_are_led_away_from(pipe):
+    how = {"z_image": pipe.encode_image(picture()), "negative_prompt": SQUARES}
+    for options in ({"steps": {"prior": 3}}, {"prior_candidates": 1}):
+        pipe.iterate(**how, **options)
+        with pytest.raises(ConfigError, match="has no effect"):
+            pipe.iterate(**how, **options, guidance=1.0)
+
+
+def test_options_that_a_stage_has_of_its_own_are_no_error(pipe):
+    sampling = pipe.decoder.sampling.model_copy(update={"guidance": 1.0, "interval": (0.2, 0.8)})
+    pipe.with_decoder_sampling(sampling).iterate(APPLE)
+
+
+def test_options_for_several_calls_may_be_of_use_in_others_only(pipe):
+    ready = Options(steps={"prior": 3, "decoder": 2}, elsewhere=("prior", "decoder"))
+    pipe.text_to_embedding(APPLE, options=ready)
+    pipe.image_from_embedding(pipe.encode_text(APPLE), size=16, options=ready)
 
 
 def test_one_draw_makes_one_scheduler(pipe, monkeypatch):

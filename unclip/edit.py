@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from unclip.conditioning import Cond
 from unclip.diffusion.inpainting import Kept, mask_at
 from unclip.errors import ConfigError
 from unclip.images import fit_square, to_tensor
-from unclip.inputs import Picture, as_embeddings, as_picture, as_pictures, as_seeds
+from unclip.inputs import Picture, as_embeddings, as_number, as_picture, as_pictures, as_seeds
 from unclip.options import Options
 from unclip.progress import Progress
-from unclip.randomness import noise_of
+from unclip.randomness import generator, noise_of
 from unclip.stack import AnyStack, Stack
 from unclip.stages import decoder as decoders
 from unclip.stages.resident import resident
@@ -61,8 +60,9 @@ def invert(
     """x_T of pictures, padded to squares: the noise from which `redraw` draws them again.
 
     `z_image` are their embeddings, if they are known. **Shapes**: B pictures, z_image (B, D) →
-    (B, 3, R, R). **Raises**: `ConfigError` for embeddings that do not fit.
+    (B, 3, R, R). **Raises**: `ConfigError` for embeddings that do not fit, or steps that can't be.
     """
+    steps = as_number("steps", steps, 1)
     decoder, pictures = pipe.need("decoder", "inversion"), as_pictures(images)
     z = as_embeddings(pipe.encode_image(pictures) if z_image is None else z_image, decoder.width)
     if len(z) != len(pictures):
@@ -87,8 +87,9 @@ def pair(
 
 
 def noise(pipe: Stack, seeds: Sequence[int]) -> Tensor:
-    """An x_T for each seed. **Shapes**: B seeds → (B, 3, R, R)."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """An x_T for each seed, of other numbers than what else is drawn by that seed: the prior's, and
+    fresh noise on the way. **Shapes**: B seeds → (B, 3, R, R)."""
+    generators = [generator(seed, "x_T") for seed in seeds]
     return noise_of(generators, pipe.need("decoder", "pictures").shape)
 
 
@@ -111,6 +112,7 @@ def vary(
     pipe: Stack, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
 ) -> list[Image.Image]:
     """n variations from each picture's own x_T: at eta 0 they are `reconstruct` (Section 3.1)."""
+    n = as_number("n", n, 1)
     z_image, x_T = pair(pipe, image, options)
     x_T, own = x_T.repeat_interleave(n, 0), exact(pipe)
     opts = own.varied(Options.of(options))
@@ -141,8 +143,7 @@ def interpolate(
     pictures = as_pictures(images)
     if len(pictures) < 2:
         raise ConfigError("1 picture: two or more are needed to go between")
-    if frames < 2:
-        raise ConfigError(f"frames = {frames}: at least 2, the first and the last picture")
+    frames = as_number("frames", frames, 2)  # the first and the last picture
     first = as_seeds(seed, 1)
     if fixed_noise:
         z_image, x_T = pipe.encode_image(pictures), noise(pipe, first)
@@ -206,7 +207,8 @@ def mix(
     """
     if not parts:
         raise ConfigError("nothing to mix: name pictures, texts or embeddings")
-    seeds, opts = as_seeds(seed, n), Options.of(options)
+    pipe.need("decoder", "pictures")
+    seeds, opts = as_seeds(seed, as_number("n", n, 1)), Options.of(options)
     texts = [part for part in parts if isinstance(part, str)]
     images = [part for part in parts if isinstance(part, Image.Image | Path | np.ndarray)]
     told: dict[str, Any] = {"seed": seeds[0], "options": opts.of_priors()}
@@ -221,7 +223,7 @@ def mix(
             rows.append(next(of_text if isinstance(part, str) else of_image).float())
     weights = [1.0] * len(rows) if weights is None else weights
     z_image = sphere.mix(torch.stack(rows), weights)[None]
-    opts = pipe.varied(replace(opts, prior=None, prior_candidates=None))
+    opts = pipe.varied(opts.of_pictures() if texts else opts)
     return list(pipe.iterate(n=n, seed=seeds[0], z_image=z_image, options=opts))
 
 
@@ -246,7 +248,7 @@ def inpaint(
 
     **Raises**: `ConfigError` for a strength outside (0, 1], a mask of another size or all black.
     """
-    ddim = anew(pipe, strength)
+    ddim, n, repeats = anew(pipe, strength), as_number("n", n, 1), as_number("repeats", repeats)
     picture, opts, seeds = as_picture(image), Options.of(options), as_seeds(seed, n)
     decoder, x_T, levels = pipe.need("decoder", "pictures"), None, None
     kept = None
@@ -256,8 +258,7 @@ def inpaint(
         levels = max(1, round(strength * decoder.diffusion.config.steps))
         x_0 = to_tensor(fit_square(picture, decoder.side)).expand(n, -1, -1, -1)
         times = torch.full((n,), levels - 1)
-        own = [s ^ (1 << 40) for s in seeds]  # the seeds' first numbers are the prior's
-        x_T = decoder.diffusion.q_sample(x_0, times, noise(pipe, own))
+        x_T = decoder.diffusion.q_sample(x_0, times, noise(pipe, seeds))
     z_image = pipe.encode_image(picture) if prompt is None else None
     start = Start(x_T, levels, kept, repeats)
     drawn = ddim.iterate(prompt, n, seeds[0], z_image=z_image, x_T=start, options=opts)

@@ -70,6 +70,17 @@ def as_number(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """A device that holds numbers. **Raises**: `ConfigError` if it can't be used here."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()  # `meta` holds none
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device = {str(device)!r} can't be used here: {reason}") from None
+    return found
+
+
 def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Image.Image]:
     """One picture or several, in RGB.
 

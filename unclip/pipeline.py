@@ -14,10 +14,10 @@ from PIL import Image
 
 from unclip import edit
 from unclip.errors import ConfigError
-from unclip.files.disk import from_home
+from unclip.files.disk import check_writable, from_home
 from unclip.files.folder import update_index
 from unclip.hub import push
-from unclip.inputs import Picture, as_pictures
+from unclip.inputs import Picture, as_device, as_pictures
 from unclip.precision import default_dtype
 from unclip.sources import Source
 from unclip.stack import Stack
@@ -53,8 +53,10 @@ class UnCLIP(Stack):
         main memory and only the stage at work is on `device`. `lora` are folders, runs or hub ids
         of low-rank changes of its stages, which are merged into the weights as these are read.
 
-        **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere.
+        **Raises**: `CheckpointError` naming the file that is missing, damaged or from elsewhere,
+        `ConfigError` for a device that can't be used here.
         """
+        device = as_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
         source = folder if isinstance(folder, Source) else Source(folder, variant)
         source.change(read_loras(lora))
@@ -83,8 +85,11 @@ class UnCLIP(Stack):
 
         `push_to_hub` is a name on the hub (owner/name) to which it is then sent, with `more` as
         keywords of `hub.push`: private, revision, licence, notes, token.
+
+        **Raises**: `ConfigError` if nothing can be written there.
         """
         folder = from_home(folder)
+        check_writable(folder, "folder")
         if self.clip is not None:
             self.clip.save(folder, dtype)
         for stage in self.stages:

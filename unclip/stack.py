@@ -20,7 +20,7 @@ from unclip.diffusion.sampling import SamplingConfig
 from unclip.drawing import Drawing
 from unclip.errors import CheckpointError, ConfigError
 from unclip.images import pad_to_square, resize, to_pil, to_tensor
-from unclip.inputs import Picture, as_number, as_picture, as_seeds
+from unclip.inputs import Picture, as_number, as_picture, as_prompts, as_seeds
 from unclip.options import OF_TEXT, PICTURES_ONLY, Options
 from unclip.reader import NO_CLIP, Reader
 from unclip.stages.decoder import started
@@ -132,7 +132,7 @@ class Stack:
         if opts.size is not None and opts.size not in self.sizes:
             raise ConfigError(f"size {opts.size}: this model makes pictures of {self.sizes} pixels")
         if z_image is not None and opts.prior is not None:
-            raise ConfigError(f"prior = {opts.prior!r} has no effect where embeddings are given")
+            raise ConfigError(f"prior = {opts.prior!r} has no effect: no text becomes an embedding")
         draw, from_text = self._draw(opts), None
         if z_image is None or negative is not None:
             from_text = self._from_text(opts, draw)
@@ -150,6 +150,10 @@ class Stack:
             raise CheckpointError(NO_CLIP)
         start = started(x_T, decoder, opts.sampling(decoder), count := n * len(prompts))
         above = route(self.upsamplers, decoder.side, opts.size or self.sizes[-1]) or []
+        drawn_from = [decoder, *above]
+        if from_text is not None and (z_image is None or draw.sampling[decoder.name].guidance != 1):
+            drawn_from += from_text.drawn_from  # beside embeddings, for what they are led away from
+        opts.check_used(drawn_from, self.stages, draw.sampling)
         drawing = Drawing(from_text, decoder, above, draw, self.reader, opts.candidates, start)
         return drawing.pictures(prompts, z_image, as_seeds(seed, count))
 
@@ -162,9 +166,11 @@ class Stack:
         """
         opts = Options.of(options, PICTURES_ONLY, meant_for="prior")
         prompts, n = self.reader.prompts(prompt), as_number("n", n, 1)
-        from_text = self._from_text(opts, self._draw(opts))
+        draw = self._draw(opts)
+        from_text = self._from_text(opts, draw)
         if from_text.by == "none":
             raise ConfigError("prior = 'none' makes no embeddings")
+        opts.check_used(from_text.drawn_from, self.stages, draw.sampling)
         text = self.reader.text(prompts).repeat(n)
         generators = [torch.Generator().manual_seed(s) for s in as_seeds(seed, n * len(prompts))]
         return from_text(text, generators)
@@ -180,6 +186,7 @@ class Stack:
             raise CheckpointError("this model has no upsampler, which is needed to upscale")
         draw, square = self._draw(opts), pad_to_square(as_picture(image))
         low, chosen = way_up(self.upsamplers, square.width, opts.size)
+        opts.check_used(chosen, self.stages, draw.sampling)
         x = resize(to_tensor(square)[None].to(self.device), low)  # (1, 3, low, low)
         generators = [torch.Generator().manual_seed(as_seeds(seed, 1)[0])]
         return to_pil(next(enlarged(chosen, x, generators, draw)))
@@ -196,7 +203,7 @@ class Stack:
         stage = self.ar_prior if by == "ar" else self.prior
         check_prior(by, stage, self.decoder)
         away = opts.negative_prompt
-        negative = None if away is None else self.reader.text([away])
+        negative = None if away is None else self.reader.text(as_prompts([away]))
         return FromText(by, stage, opts.prior_candidates or self.prior_candidates, draw, negative)
 
     def need(self, name: str, purpose: str) -> Stage:

@@ -41,7 +41,6 @@ def compare_samplers(pipe: UnCLIP, model: str, request: Request, work: Path) -> 
     if pipe.prior is None:
         raise CheckpointError("this model has no prior, whose samplers are to be compared")
     pairs, notes = read_pairs(pipe, request), []
-    guidance = request.options.get("guidance")
     scale = pipe.prior.network.scale
     found: dict[str, dict[int, dict[str, float]]] = {}
     true = scale(pairs.z_image).cpu()
@@ -53,7 +52,7 @@ def compare_samplers(pipe: UnCLIP, model: str, request: Request, work: Path) -> 
             continue
         for steps in STEPS:
             how: dict[str, Any] = {
-                "guidance": guidance,
+                **request.given,
                 "sampler": sampler,
                 "steps": steps,
                 "prior_candidates": 1,

@@ -27,8 +27,10 @@ from unclip.evaluation.drawings import Kept
 from unclip.evaluation.features import Remembered, clip_features, open_features
 from unclip.evaluation.subjects import EMOJI_WORDING, Subjects, Wording, caption_of, read_subjects
 from unclip.images import to_pil, to_tensor, to_uint8
+from unclip.options import Options
 from unclip.pipeline import UnCLIP
 from unclip.randomness import permutation
+from unclip.stages.kinds import KINDS
 
 REFERENCES = 20_000  # training pictures that are looked at
 DISTRIBUTION = 4_000  # of them, those that stand for the distribution
@@ -54,8 +56,10 @@ class Request:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given; `prior` apart, which calls with embeddings don't take."""
-        return {k: v for k, v in self.options.items() if v is not None and k != "prior"}
+        """The options that were given, for calls that each have a use for some of them; `prior`
+        apart, which calls with embeddings don't take."""
+        given = {k: v for k, v in self.options.items() if v is not None and k != "prior"}
+        return {"options": Options(elsewhere=tuple(KINDS)), **given}
 
     @property
     def wording(self) -> Wording:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,7 @@ from unclip.images import to_pil
 from unclip.options import BY_STAGE
 from unclip.pipeline import UnCLIP
 from unclip.randomness import permutation
+from unclip.stages.stage import Stage
 
 TILE = 256  # the page shows the middle of larger pictures, pixel for pixel
 SHOWN = 6
@@ -33,10 +34,6 @@ def upscaling(
     upsampler's size; smaller files have no truth there. Of a call's `options` those
     count that are said of upsamplers by name.
     """
-    names = [stage.name for stage in pipe.upsamplers]
-    said = {key: value for key in BY_STAGE if isinstance(value := options.get(key), dict)}
-    own = {key: {n: value[n] for n in names if n in value} for key, value in said.items()}
-    given = {key: value for key, value in own.items() if value}
     stages = pipe.upsamplers
     spans = [[stage] for stage in stages]
     joined = (a.side == b.low for a, b in pairwise(stages))
@@ -46,12 +43,20 @@ def upscaling(
     tiles: dict[str, list[Image.Image]] = {}
     for span in spans if count else ():
         low, high = span[0].low, span[-1].side
-        cases = _enlarge(pipe, _Real(spec, high, count), low, high, kept, given)
+        cases = _enlarge(pipe, _Real(spec, high, count), low, high, kept, _said(options, span))
         scores[f"{low} → {high}"] = mean_scores([case.scores() for case in cases])
         tiles[f"{low} → {high}"] = [
             _middle(x) for case in cases[:SHOWN] for x in (case.bicubic, case.made, case.real)
         ]
     return scores, tiles
+
+
+def _said(options: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+    """What options by stage say of these."""
+    by_stage = {key: value for key in BY_STAGE if isinstance(value := options.get(key), dict)}
+    names = [stage.name for stage in stages]
+    own = {key: {n: value[n] for n in names if n in value} for key, value in by_stage.items()}
+    return {key: value for key, value in own.items() if value}
 
 
 def _enlarge(

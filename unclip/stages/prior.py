@@ -57,6 +57,11 @@ class FromText:
     draw: Draw
     negative: TextEncoding | None = None
 
+    @property
+    def drawn_from(self) -> list[Stage]:
+        """The prior, where one is drawn from."""
+        return [self.prior] if self.by in DRAWN and self.prior is not None else []
+
     @torch.no_grad()
     def __call__(self, text: TextEncoding, generators: Sequence[torch.Generator]) -> Tensor:
         """The first candidate is drawn by the picture's own generator, the others by ones derived
