@@ -1,4 +1,4 @@
-"""Sample from the shell: `python sample.py text "a red apple"`; see unclip/cli.py."""
+"""Sample from the shell: `python sample.py text "a red apple"`; see unclip/cli/app.py."""
 
 from unclip.cli import main
 

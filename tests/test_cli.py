@@ -728,6 +728,19 @@ def test_a_folder_where_a_picture_is_expected_is_said_to_be_one(run, tmp_path):
     assert code == 3 and "in is a folder, and a picture is expected" in err
 
 
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_lines_of_prompts_end_where_lines_do(run, tmp_path, drawn, kind):
+    """Unicode's own separators did, too: one prompt was two, JSON was cut, a folder not resumed."""
+    prompt, file = "a\u2028red\u0085apple\x0b\x0c", tmp_path / f"prompts.{kind}"
+    said = json.dumps({"prompt": prompt + "!"}, ensure_ascii=False)
+    text = {"txt": f"{prompt}!", "csv": f"prompt\r\n{prompt}!", "jsonl": said}[kind]
+    file.write_bytes(f"{text}\r\n".encode())
+    command = ["text", "--prompts", file, "--size", 16, "--out", tmp_path / "out"]
+    for _ in range(2):
+        code, _, err = run(*command)
+        assert (code, drawn) == (0, [0]), err
+
+
 def test_a_tar_or_folder_of_something_else_is_left_alone(run, tmp_path, apple):
     (tmp_path / "p.txt").write_text("a red apple\n")
     with tarfile.open(tmp_path / "mine.tar", "w") as tar:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from unclip.config import Config, Place, load_config, parse_config, read_yaml, save_config
 from unclip.errors import ConfigError
@@ -25,6 +25,12 @@ class Inner(Config):
     fast: bool = False
     place: Place | None = None
     sizes: list[int] | int = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Inner:
+        if self.place is not None and self.steps == 0:
+            raise ValueError("place needs steps")
+        return self
 
 
 class Outer(Config):
@@ -119,7 +125,6 @@ def test_an_override_of_text_that_may_be_absent_can_say_so(tmp_path: Path) -> No
     text = "train: {lr: 1, place: here}"
     assert load(tmp_path, text).train.place == "here"
     assert load(tmp_path, text, "train.place=null").train.place is None
-    assert load(tmp_path, text, "train.place=").train.place is None
     assert load(tmp_path, text, "train.place=1 #2").train.place == "1 #2"
 
 
@@ -177,6 +182,10 @@ def test_sections_of_an_anchor_may_share_keys(tmp_path: Path) -> None:
         ("train: [", [], "not valid YAML"),
         ("- 1", [], "must hold sections"),
         ("", [], "must hold sections"),
+        ("train: {lr: 1}", ["train.lr=1e400"], "train.lr = inf: Input should be a finite number"),
+        ("train: {lr: 1, place: ''}", [], "train.place = '': String should have at least 1"),
+        ("train: {lr: 1}", ["train.place="], "train.place = '': String should have at least 1"),
+        ("train: {lr: 1, place: x, steps: 0}", [], "^[^{]*: train: place needs steps$"),
         ("train: {lr: 1, label: !!timestamp 2020-01-01}", [], "plain numbers, strings and lists"),
         ("train: !!python/object/apply:os.getcwd []", [], "not valid YAML"),
     ],

@@ -29,7 +29,7 @@ from unclip.data.cache import EmbeddingCache, Joined
 from unclip.data.open import open_dataset
 from unclip.data.order import batches
 from unclip.data.sample import fixed
-from unclip.errors import CheckpointError, ConfigError, DataError
+from unclip.errors import CheckpointError, ConfigError, DataError, UnclipWarning
 from unclip.images import to_pil
 from unclip.randomness import generator
 from unclip.training.ar_prior import train_ar_prior
@@ -254,7 +254,7 @@ def test_keys_that_occur_in_two_shards_are_told_apart_or_refused(
     with pytest.raises(DataError, match="more than one picture is called 000000002"):
         fixed(Joined(dataset, half), 7)
     assert all_their_own(Joined(open_dataset(str(first), 16), half), clip)
-    with pytest.warns(UserWarning, match=r"was made of \S*a/0\.tar, not of \S*b/0\.tar"):
+    with pytest.warns(UnclipWarning, match=r"was made of \S*a/0\.tar, not of \S*b/0\.tar"):
         Joined(open_dataset(str(second), 16), embedded(tmp_path / "a's", str(first), clip))
 
 
@@ -287,7 +287,7 @@ def test_a_row_that_is_not_finite_is_replaced(root: Path, tmp_path: Path) -> Non
     z[0] = np.nan
     np.save(array, z)
     dataset = open_dataset(str(tmp_path / "cache"), 16, embeddings=True)
-    with pytest.warns(UserWarning, match="row 700 of all is not finite. Another sample"):
+    with pytest.warns(UnclipWarning, match="row 700 of all is not finite. Another sample"):
         sample = fixed(dataset, ROWS)
     assert sample.z_image is not None and sample.z_image.isfinite().all()
     z[:100] = np.nan
@@ -541,6 +541,17 @@ def test_damaged_caches_are_named(root: Path, tmp_path: Path, name: str, message
     damaged(copy(root, tmp_path / "cache"), name)
     with pytest.raises(DataError, match=message):
         EmbeddingCache(tmp_path / "cache").get(ROWS, torch.Generator())
+
+
+def test_numbers_that_make_no_sense_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A negative number of workers ended in a traceback of torch's loader."""
+    for name, value in (("--workers", "-1"), ("--batch", "0")):
+        with pytest.raises(SystemExit) as ended:
+            embed(["shapes", str(tmp_path / "cache"), "--clip", "nowhere", name, value])
+        assert ended.value.code == 2
+        assert f"error: {name} = {value} must be at least" in capsys.readouterr().err
 
 
 def test_only_a_prior_may_train_on_embeddings(root: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from unclip.data.captions import Columns
 from unclip.data.open import open_dataset
 from unclip.data.sample import fixed
-from unclip.errors import DataError
+from unclip.errors import DataError, UnclipWarning
 
 LEVELS = [0, 60, 120, 180, 240]
 
@@ -92,7 +92,7 @@ def test_a_bad_row_has_another_stand_for_it(tmp_path: Path) -> None:
     images[7] = {"bytes": b"no picture", "path": None}
     columns = {"image": images, "text": ["x"] * 300}
     dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd', **columns)}", 8)
-    with pytest.warns(UserWarning, match="row 7 is not a JPEG, PNG or WebP picture"):
+    with pytest.warns(UnclipWarning, match="row 7 is not a JPEG, PNG or WebP picture"):
         assert fixed(dataset, 7).caption == "x"
 
 
@@ -131,7 +131,7 @@ def test_columns_of_other_names_and_files_further_down(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), folder / "test-00000.parquet")
     with pytest.raises(DataError, match="name their column as"), pytest.warns():
         open_dataset(str(tmp_path / "d"), 8)
-    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
+    with pytest.warns(UnclipWarning, match="1 of 2 tables are called train"):
         dataset = open_dataset(str(tmp_path / "d"), 8, columns=Columns("prompt"))
     samples = [fixed(dataset, i) for i in range(len(dataset))]
     assert [(level_of(s.image), s.caption) for s in samples] == [(x, "a") for x in LEVELS[:3]]
@@ -157,7 +157,7 @@ def test_what_a_caption_may_be(tmp_path: Path, column: pa.Array, drawn: str) -> 
     pq.write_table(pa.table({"image": [png(9)] * 61, "text": text}), tmp_path / "a.parquet")
     dataset = open_dataset(str(tmp_path / "a.parquet"), 8)
     assert fixed(dataset, 0).caption == drawn
-    with pytest.warns(UserWarning, match="row 60 (has an empty caption|is not UTF-8)"):
+    with pytest.warns(UnclipWarning, match="row 60 (has an empty caption|is not UTF-8)"):
         assert fixed(dataset, 60).caption == drawn
 
 

@@ -17,7 +17,7 @@ from unclip.data.open import DataConfig, open_dataset
 from unclip.data.order import batches, index_of
 from unclip.data.sample import Batch, Sample, fixed
 from unclip.data.tolerant import Tolerant
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, UnclipWarning
 from unclip.images import TOO_SMALL
 
 
@@ -195,7 +195,7 @@ def test_narrow_pictures_are_replaced_and_no_damage() -> None:
             return super().get(index, generator)
 
     dataset = Tolerant(Narrow(500))
-    with pytest.warns(UserWarning, match="is narrower. Another sample stands for it") as told:
+    with pytest.warns(UnclipWarning, match="is narrower. Another sample stands for it") as told:
         found = [fixed(dataset, index).key for index in range(500)]
     assert len(told) == 1 and all(int(key) % 10 == 0 for key in found)
     assert found[::10] == [str(k) for k in range(0, 500, 10)] and len({*found}) == 50

@@ -21,7 +21,7 @@ from PIL import Image
 from unclip.data.captions import Columns, clean
 from unclip.data.open import open_dataset
 from unclip.data.readers import expand_braces
-from unclip.errors import DataError
+from unclip.errors import DataError, UnclipWarning
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -156,7 +156,7 @@ def test_links_are_followed_into_each_folder_once(folder: Path, tmp_path: Path) 
     for end in (".jpg", ".txt"):
         (root / "real" / f"a{end}").write_bytes((folder / f"000{end}").read_bytes())
     (root / "real" / "b.jpg").symlink_to("nowhere.jpg")
-    with pytest.warns(UserWarning, match=r"1 of 42 pictures have no caption .*real/b\.jpg"):
+    with pytest.warns(UnclipWarning, match=r"1 of 42 pictures have no caption .*real/b\.jpg"):
         found = read(root)
     assert found == {"real/a.jpg": "number 0", **{f"deep/{a}": b for a, b in ROWS}}
 
@@ -207,7 +207,7 @@ SPOILT = ["no caption", "empty", "latin-1", "utf-16 without a mark", "a folder",
 @pytest.mark.parametrize("what", SPOILT)
 def test_one_bad_pair_of_many_is_named_and_left_out(folder: Path, what: str) -> None:
     said = spoil(folder, what)
-    with pytest.warns(UserWarning, match=f"1 of 40 pictures {said}$"):
+    with pytest.warns(UnclipWarning, match=f"1 of 40 pictures {said}$"):
         assert read(folder) == {a: b for a, b in ROWS if a != "007.jpg"}
 
 
@@ -258,7 +258,7 @@ def test_one_bad_row_of_a_csv_is_named_and_left_out(folder: Path, row: str, said
     """A quote that is never closed took the rest of the file as its caption; one with commas and
     no quotes was cut at the first."""
     path = table(folder, *csv_lines({7: row}))
-    with pytest.warns(UserWarning, match=f"1 of 40 rows {said}"):
+    with pytest.warns(UnclipWarning, match=f"1 of 40 rows {said}"):
         assert read(path) == {a: b for a, b in ROWS if a != "007.jpg"}
     path = table(folder, *csv_lines({k: row for k in range(3)}))
     with pytest.raises(DataError, match=r"3 of 40 rows .*line 2.*; line 3.*; line 4"):
@@ -271,7 +271,7 @@ def test_quotes_that_swallow_whole_rows_are_seen(folder: Path) -> None:
         change = {7: '007.jpg,"number 7', last: f'{last:03}.jpg,number {last}"'}
         other = [";".join(line.split(",")[::-1]) for line in csv_lines(change)]  # captions first
         for lines in (csv_lines(change), other):
-            with pytest.warns(UserWarning, match="1 of 40 rows are not CSV: line 9: a quote is"):
+            with pytest.warns(UnclipWarning, match="1 of 40 rows are not CSV: line 9: a quote is"):
                 found = read(table(folder, *lines))
             own = {f"{last:03}.jpg": f'number {last}"'}
             assert found == {a: b for a, b in ROWS if a != "007.jpg"} | own
@@ -348,7 +348,7 @@ def test_stray_quotes_never_give_a_picture_the_words_of_another(
 )
 def test_one_bad_line_of_a_jsonl_is_named_and_left_out(folder: Path, row: Any, said: str) -> None:
     path = table(folder, *json_lines({7: row}), name="t.jsonl")
-    with pytest.warns(UserWarning, match=f"1 of 40 rows {said}"):
+    with pytest.warns(UnclipWarning, match=f"1 of 40 rows {said}"):
         assert read(path) == {a: b for a, b in ROWS if a != "007.jpg"}
 
 
@@ -389,7 +389,7 @@ def test_bad_rows_of_a_parquet_table_are_left_out(folder: Path) -> None:
     bad = pa.StringArray.from_buffers(1, *pa.array([b"caf\xe9"]).buffers()[1:])
     text = pa.concat_arrays([pa.array(texts[:-1], pa.string()), bad])
     pq.write_table(pa.table({"file_name": names, "text": text}), folder / "t.parquet")
-    with pytest.warns(UserWarning, match="1 of 40 rows are not UTF-8: row 40"):
+    with pytest.warns(UnclipWarning, match="1 of 40 rows are not UTF-8: row 40"):
         assert read(folder / "t.parquet") == dict(ROWS[:-1])
 
 
@@ -413,7 +413,7 @@ def test_tables_may_lie_further_down(folder: Path) -> None:
         (folder / part).mkdir()
         (folder / part / "a.jpg").write_bytes((folder / "000.jpg").read_bytes())
         table(folder / part, '{"file_name": "a.jpg", "text": "x"}', name="metadata.jsonl")
-    with pytest.warns(UserWarning, match="1 of 2 tables are called train"):
+    with pytest.warns(UnclipWarning, match="1 of 2 tables are called train"):
         assert read(folder) == {"train/a.jpg": "x"}
 
 
@@ -443,9 +443,18 @@ def test_tar_files_beside_pictures_are_said_to_be_read_alone(folder: Path) -> No
     (folder / "sub" / "old.tar").write_bytes(b"a backup, further down")
     assert read(folder) == dict(ROWS)
     (folder / "old.tar").write_bytes(b"")
-    told = pytest.warns(UserWarning, match="1 tar files are read, not the 40 pictures")
+    told = pytest.warns(UnclipWarning, match="1 tar files are read, not the 40 pictures")
     with told, pytest.raises(DataError, match=r"old\.tar"):
         open_dataset(str(folder), 8)
+
+
+def test_data_without_a_name_are_not_the_current_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`unclip new mine --data "$UNSET"` wrote configurations for it."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match="the name of the data is empty"):
+        open_dataset("", 8)
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:

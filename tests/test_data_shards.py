@@ -28,7 +28,7 @@ from unclip.data.order import batches
 from unclip.data.sample import Dataset
 from unclip.data.shards import Shards, read_index
 from unclip.data.tar import ENTRY
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, UnclipWarning
 from unclip.images import Fit
 
 ANY = torch.Generator()
@@ -183,7 +183,7 @@ def test_two_samples_of_one_name_are_counted_and_left_out(tmp_path: Path) -> Non
     """The last one silently stood for both."""
     members = [(f"{n:03}{end}", body) for n in range(60) for end, body in PAIR]
     path = write(tmp_path / "a.tar", [*members, ("007.png", encode(1))])
-    with pytest.warns(UserWarning, match=r"2 samples lack .*, or have two: \S*a\.tar:007 and 1"):
+    with pytest.warns(UnclipWarning, match=r"2 samples lack .*, or have two: \S*a\.tar:007 and 1"):
         assert len(open_dataset(str(path), 9)) == 59
     write(path, [("000" + end, body) for _ in range(10) for end, body in PAIR])
     with pytest.raises(DataError, match="10 samples lack"):
@@ -207,7 +207,7 @@ def test_a_shard_that_is_no_file_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "data" / "u.tar").mkdir()
     os.mkfifo(tmp_path / "data" / "v.tar")
     told = r"2 of 62 shards: \S*t\.tar can't be read \(No such file.*v\.tar can't .*is no file"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UnclipWarning, match=told):
         assert len(open_dataset(str(tmp_path / "data"), 9)) == 600
 
 
@@ -282,7 +282,7 @@ def test_what_is_whole_of_a_cut_shard_is_used(tmp_path: Path, length: int) -> No
     """Inside and between members; alone such a shard is more than 5 % of all."""
     paths = many(tmp_path / "data", 40)
     paths[7].write_bytes(paths[7].read_bytes()[:length])
-    with pytest.warns(UserWarning, match=r"1 of 40 shards: \S*s-07\.tar is (truncated|not a)"):
+    with pytest.warns(UnclipWarning, match=r"1 of 40 shards: \S*s-07\.tar is (truncated|not a)"):
         dataset = open_dataset(str(tmp_path / "data"), 9)
     whole = length // 2048  # a sample takes four blocks of 512
     kept = [n for n in range(400) if n < 70 + whole or n >= 80]
@@ -294,7 +294,7 @@ def test_what_is_whole_of_a_cut_shard_is_used(tmp_path: Path, length: int) -> No
 def test_a_flipped_bit_in_a_header_is_seen(tmp_path: Path) -> None:
     paths = many(tmp_path / "data", 40)
     replace(paths[3], b"0035.png", b"0135.png")
-    with pytest.warns(UserWarning, match=r"s-03\.tar is truncated or damaged after 10,240 of"):
+    with pytest.warns(UnclipWarning, match=r"s-03\.tar is truncated or damaged after 10,240 of"):
         dataset = open_dataset(str(tmp_path / "data"), 9)
     assert len(dataset) == 395
 
@@ -303,7 +303,7 @@ def test_missing_and_empty_shards_are_counted(tmp_path: Path) -> None:
     many(tmp_path / "data", 39)
     write(tmp_path / "data" / "s-39.tar", {})
     spec = str(tmp_path / "data" / "s-{00..40}.tar")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UnclipWarning) as told:
         dataset = open_dataset(spec, 9)
     assert len(dataset) == 390 and len(told) == 1
     text = str(told[0].message)
@@ -317,7 +317,7 @@ def test_samples_without_a_part_are_left_out(tmp_path: Path) -> None:
     lacking = {"a.png": encode(1), "b.txt": b"blind", "c.gif": b"", "d.pickle": b"cos\nsystem\n"}
     (tmp_path / "data").mkdir()
     path = write(tmp_path / "data" / "a.tar", {**samples(0, 60), **lacking})
-    with pytest.warns(UserWarning, match=r"2 samples lack a JPEG.*a\.tar:a and 1 more"):
+    with pytest.warns(UnclipWarning, match=r"2 samples lack a JPEG.*a\.tar:a and 1 more"):
         assert len(open_dataset(str(path), 9)) == 60
     write(path, {"1.png": encode(0)})
     with pytest.raises(DataError, match=r"1 samples lack .*a\.tar:1\."):

@@ -199,6 +199,15 @@ def test_who_may_not_is_told_what_to_do(
         push(model_folder, "tiny")
 
 
+def test_no_network_is_said_and_no_traceback(
+    hub: Hub, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HTTP client's own error, which is no OSError, ended `unclip push`."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ConfigError, match="somebody/tiny: nothing was sent"):
+        push(model_folder, "somebody/tiny")
+
+
 def test_a_card_of_a_run_says_how_it_was_trained_and_no_path(tmp_path: Path) -> None:
     """A LoRA's, too, and which model it changes."""
     root = tmp_path / "runs" / "style" / "checkpoints" / "step-40"

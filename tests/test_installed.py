@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +162,12 @@ def test_new_goes_on_from_a_model(
         f"unclip assemble --clip {start} --prior mine/prior --decoder mine/decoder "
         f"--upsampler {start} --out mine/model"
     )
+    (tmp_path / "of mine").mkdir()
+    Path("of mine/start").symlink_to(start)
+    (first, *_), name = list(new.new(Path("my own"), "shapes:val", "cpu", start)), "of mine/start"
+    assert shlex.split(first.command)[-1] == "my own/prior.yaml"
+    words = shlex.split(new.assembling(Path("my own"), [first], name))
+    assert words.count(name) == 3 and words[-1] == "my own/model" and "my own/prior" in words
     (tmp_path / "clipless").mkdir()
     with pytest.raises(CheckpointError):
         list(new.new(Path("other"), "shapes:val", "cpu", "clipless"))

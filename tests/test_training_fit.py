@@ -23,10 +23,12 @@ from filelock import FileLock
 from parity import randomise
 from PIL import Image
 from pydantic import ValidationError
+from test_tasks import tiny
 from tiny_task import TinyBatch, TinyConfig, TinyTask, stream
 from torch import nn
 from torch.testing import assert_close
 
+from unclip.config import save_config
 from unclip.data.open import DataConfig
 from unclip.errors import CheckpointError, ConfigError, DivergedError
 from unclip.files.checkpoints import newest_checkpoint
@@ -35,7 +37,7 @@ from unclip.files.folder import read_stage_config, write_stage
 from unclip.files.tensors import TensorFile
 from unclip.training.fit import TrainConfig, fit, learning_rate
 from unclip.training.optimizer import build_optimizer
-from unclip.training.run import stop_signal
+from unclip.training.run import open_run, stop_signal
 from unclip.training.start import start_from
 
 
@@ -446,6 +448,14 @@ def test_another_configuration_needs_another_folder(tmp_path: Path) -> None:
         run(config(tmp_path, {"dropout": 0.5}))
 
 
+def test_a_run_of_another_stage_is_called_that(tmp_path: Path) -> None:
+    """All keys of the one were unknown to the other, and listed."""
+    run(config(tmp_path))
+    save_config(tiny("upsampler_64", ""), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="trains the stage upsampler, not prior; choose another"):
+        open_run(tmp_path, tiny("prior", "clip"))
+
+
 class Fed(TinyConfig):
     data: DataConfig
 
@@ -591,7 +601,9 @@ def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
     assert optimizer["exp_avg.mix.weight"].shape == live["mix.weight"].shape
 
 
-@pytest.mark.parametrize("wrong", [{"keep": 1}, {"ema": 1.0}, {"lr": 0}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"keep": 1}, {"ema": 1.0}, {"lr": 0}, {"batch": 0}, {"seed": 2**64}]
+)
 def test_values_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         config(tmp_path, **wrong)

@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from unclip.errors import ConfigError
 from unclip.shipped import configuration, configurations
 from unclip.text import is_whole
 
-# A path, or another name of a place; `~` at its beginning is the home folder.
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+# A path, or another name of a place; `~` at its beginning is the home folder. An empty one, as an
+# unset variable gives it, would be the current folder.
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Config(BaseModel):
-    """Base of every typed section: immutable, unknown keys forbidden, no silent conversions."""
+    """Base of every typed section: immutable, unknown keys forbidden, no silent conversions, finite
+    numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -167,7 +169,7 @@ def _apply(data: dict[str, Any], override: str, schema: type[Config]) -> None:
 
 def _value(text: str, kinds: list[Any]) -> Any:
     """What an override's text means where one of these types is expected: itself for a string."""
-    if type(None) in kinds and text in ("null", ""):
+    if type(None) in kinds and text == "null":
         return None
     if str in kinds:
         return text
@@ -203,6 +205,8 @@ def _explain(item: Any, schema: type[Config]) -> str:
     if item["type"] == "missing":
         return f"missing key {key}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and isinstance(item["input"], dict):  # a section's keys
+        return f"{key}: {message}" if key else message
     return f"{key or 'configuration'} = {item['input']!r}: {message}"
 
 

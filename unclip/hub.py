@@ -11,7 +11,7 @@ import yaml
 
 from unclip.config import read_yaml
 from unclip.errors import CheckpointError, ConfigError
-from unclip.files.find import HUB_ERRORS, resolve_folder, why
+from unclip.files.find import hub_errors, resolve_folder, why
 from unclip.files.folder import CONFIG, INDEX, WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config
 from unclip.shipped import located
 from unclip.sources import Source
@@ -69,7 +69,7 @@ def push(
             commit_message=f"{', '.join(stages)}, by unclip",
             revision=revision,
         )
-    except HUB_ERRORS as error:
+    except hub_errors() as error:
         raise ConfigError(f"{repo}: nothing was sent ({why(error)})") from None
     return str(done.commit_url)
 

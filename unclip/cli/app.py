@@ -20,7 +20,7 @@ from unclip.errors import exit_on_error
 
 app = typer.Typer(
     name="unclip",
-    epilog="Exit codes: 2 usage or configuration, 3 data, 4 checkpoint.",
+    epilog="Exit codes: 2 usage or configuration, 3 data, 4 checkpoint, 5 diverged.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -73,7 +73,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _plain(text: str, path: str) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 
@@ -89,7 +89,7 @@ def _cells(text: str, path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _objects(text: str, path: str) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
@@ -128,7 +128,7 @@ class Folder:
         self.out, self.suffix, self.path = out, suffix, out / METADATA
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         self.there: dict[str, Record] = {}
-        lines, kept = text.splitlines(), []
+        lines, kept = text.removesuffix("\n").split("\n"), []
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,7 +92,7 @@ def new(
     print("next, one after the other:")
     print("\n".join(f"  {one.command}" for one in written))
     print(f"  {assembling(folder, written, start)}")
-    print(f'  unclip text "a caption" --model {folder / "model"}')
+    print(f'  unclip text "a caption" --model {shlex.quote(str(folder / "model"))}')
 
 
 def validate(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import Tensor
 
 from unclip.config import Config
@@ -22,6 +23,8 @@ class Fingerprint(Config):
     **Shapes**: probes (6, D) unit norm: three fixed pictures (empty without image tower), then
     three fixed sentences.
     """
+
+    model_config = ConfigDict(allow_inf_nan=True)  # damaged weights give such, and agree with none
 
     name: str
     width: int

@@ -32,7 +32,7 @@ from unclip.data.embeddings import check_raw
 from unclip.data.folders import fixed_part
 from unclip.data.metadata import Metadata
 from unclip.data.sample import Dataset, Sample
-from unclip.errors import CheckpointError, ConfigError, DataError, check_open_files
+from unclip.errors import CheckpointError, ConfigError, DataError, UnclipWarning, check_open_files
 from unclip.files.disk import read_json
 
 INDEX, ARRAYS, METADATA = "embeddings.json", "img_emb", "metadata"
@@ -196,6 +196,7 @@ class Joined:
             warnings.warn(
                 f"{cache.name} was made of {made}, not of {self.name}: embeddings are taken by the "
                 "names of samples, which is right only if the same data lie there",
+                UnclipWarning,
                 stacklevel=2,
             )
 

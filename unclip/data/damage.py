@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from unclip.data.sample import MAX_BAD
-from unclip.errors import DataError
+from unclip.errors import DataError, UnclipWarning
 
 NAMED = 3  # of each kind
 
@@ -32,7 +32,7 @@ class Damage:
         if bad > MAX_BAD * (whole + bad):
             raise DataError(f"data {self.name}: {'. '.join(lines)}")
         for line in lines:
-            warnings.warn(f"data {self.name}, left out: {line}", stacklevel=4)
+            warnings.warn(f"data {self.name}, left out: {line}", UnclipWarning, stacklevel=4)
 
 
 def named(places: Sequence[str]) -> str:

@@ -38,8 +38,8 @@ class DataConfig(Config):
     min_side: int = Field(default=0, ge=0)
     crop: int | None = Field(default=None, gt=0)
     workers: int = Field(default=0, ge=0)
-    caption: str | None = None
-    image: str | None = None
+    caption: str | None = Field(default=None, min_length=1)
+    image: str | None = Field(default=None, min_length=1)
 
     embeddings: ClassVar = False  # whether a cache of them will do
 
@@ -75,6 +75,8 @@ def open_dataset(
     """
     spec = os.path.expanduser(spec)
     fit = Fit(fit) if isinstance(fit, int) else fit
+    if not spec:  # an unset variable, which would be the current folder
+        raise DataError("the name of the data is empty; give a folder, a table or a dataset")
     name, _, split = spec.partition(":")
     if name in ("emoji", "emoji-vector", "shapes") and split not in ("", "train", "val"):
         raise DataError(f"{spec!r}: the parts of {name} are train and val, not {split!r}")

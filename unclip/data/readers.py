@@ -20,7 +20,7 @@ from unclip.data.pictures import Files, read_folder
 from unclip.data.sample import Dataset
 from unclip.data.shards import Shards
 from unclip.data.tables import FILE_NAME, TABLES, read_table, schema
-from unclip.errors import DataError
+from unclip.errors import DataError, UnclipWarning
 from unclip.images import SUFFIXES, Fit
 
 BUILT_IN = ("emoji", "emoji:val", "emoji-vector", "emoji-vector:val", "shapes", "shapes:val")
@@ -69,6 +69,7 @@ def _open_folder(spec: str, fit: Fit, columns: Columns) -> Dataset:
         warnings.warn(
             f"data {spec}: of this folder the {len(here)} tar files are read, not the "
             f"{len(pictures)} pictures beside them",
+            UnclipWarning,
             stacklevel=4,
         )
     if here:
@@ -103,6 +104,7 @@ def _for_training(spec: str, root: Path, tables: list[Path]) -> list[Path]:
     if train and len(train) < len(tables):
         warnings.warn(
             f"data {spec}: {len(train)} of {len(tables)} tables are called train, and read",
+            UnclipWarning,
             stacklevel=5,
         )
     return train or tables

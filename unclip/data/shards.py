@@ -41,7 +41,7 @@ from unclip.data.index import index_all
 from unclip.data.kept import cache_folder
 from unclip.data.sample import MAX_BAD, Sample
 from unclip.data.tar import ENTRY, FORMAT, TEXTS, ShardIndex, index_shard, name_at
-from unclip.errors import DataError, check_open_files
+from unclip.errors import DataError, UnclipWarning, check_open_files
 from unclip.files.disk import replacing
 from unclip.images import SUFFIXES, Fit
 
@@ -111,7 +111,7 @@ class Shards:
         if not len(self):
             raise DataError(f"no JPEG, PNG or WebP pictures in the tar files of {self.name}")
         for line in what:
-            warnings.warn(f"data {self.name}, left out: {line}", stacklevel=4)
+            warnings.warn(f"data {self.name}, left out: {line}", UnclipWarning, stacklevel=4)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 
 from unclip.data.sample import MAX_BAD, Dataset, Sample
-from unclip.errors import DataError
+from unclip.errors import DataError, UnclipWarning
 from unclip.images import TOO_SMALL
 
 MAX_NARROW = 1000  # pictures in a row that `data.min_side` leaves out
@@ -68,5 +68,6 @@ class Tolerant:
             warnings.warn(
                 f"data {self.name}: {error}. Another sample stands for it; further ones like this "
                 "are counted and not reported",
+                UnclipWarning,
                 stacklevel=2,
             )

@@ -11,8 +11,6 @@ from unclip.files.diffusers import PIPELINE
 from unclip.files.folder import INDEX
 from unclip.shipped import located
 
-HUB_ERRORS = (OSError, ValueError, RuntimeError)  # of huggingface_hub and what is below it
-
 
 def resolve_folder(source: str | Path, *, allow_pickle: bool = False) -> Path:
     """The model folder that a name means: itself, a run's newest sound checkpoint, or a hub id's.
@@ -58,10 +56,17 @@ def _download(name: str, allow_pickle: bool) -> Path:
     wanted = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    except HUB_ERRORS as error:
+    except hub_errors() as error:
         raise CheckpointError(
             f"no model at {name}: there is no such folder, and the hub gave none ({why(error)})"
         ) from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises, and whatever client for HTTP is below it (no network)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 def why(error: Exception) -> str:

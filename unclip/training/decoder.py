@@ -45,7 +45,7 @@ from unclip.training.augment import PlaceConfig, masks, place
 from unclip.training.drafts import fit_layout, fit_scale, jittered
 from unclip.training.fit import TrainConfig
 from unclip.training.misses import Misses, misses_of
-from unclip.training.start import check_lora
+from unclip.training.start import check_lora, check_sampling
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
@@ -92,6 +92,7 @@ class DecoderRun(Config):
     @model_validator(mode="after")
     def _check(self) -> DecoderRun:
         check_lora(self)
+        check_sampling(self)
         if self.model.learned_variance != self.diffusion.learned_variance:
             raise ValueError("model.learned_variance and diffusion.learned_variance must agree")
         if self.model.layout is not None and self.diffusion.target != "x0":

@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> None:
         for name in ("rounds", "rows", "batch", "resolution"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise ConfigError(f"--{name} = {getattr(given, name)} must be at least 1")
+        if given.workers < 0:
+            raise ConfigError(f"--workers = {given.workers} must be at least 0")
         check_writable(given.out, "cache")
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
         allow_tf32(state.device)

@@ -59,7 +59,7 @@ class TrainConfig(Config):
     optimizer: OptimizerName = "adamw"
     clip_grad: float | None = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9999, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)  # as torch has it
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
     log_every: int = Field(default=10, ge=1)

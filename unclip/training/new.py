@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, NamedTuple
 
 from unclip.config import read_yaml
@@ -117,7 +118,7 @@ def new(folder: Path, data: str, machine: Machine, start: str | None = None) -> 
             text = _commented(text)
             file.write_text(text, encoding="utf-8")
             name = trained_by(file)
-            command = f"{target.command} {name.replace('_', '-')} {file}"
+            command = f"{target.command} {name.replace('_', '-')} {quote(str(file))}"
             begun = "" if start is None else f" and {start}"
             head, time = _head(file, name, command, target, f"{pictures:,} pictures{begun}")
             file.write_text(f"{head}\n{text}", encoding="utf-8")
@@ -132,8 +133,8 @@ def assembling(folder: Path, written: list[Written], start: str | None = None) -
         have = {part for part, _ in parts}
         parts.insert(0, ("clip", start))
         parts += [(kind, start) for kind in dict.fromkeys(there) if kind not in have]
-    options = " ".join(f"--{part.replace('_', '-')} {place}" for part, place in parts)
-    return f"unclip assemble {options} --out {folder / 'model'}"
+    options = " ".join(f"--{part.replace('_', '-')} {quote(place)}" for part, place in parts)
+    return f"unclip assemble {options} --out {quote(str(folder / 'model'))}"
 
 
 def _further(start: str) -> tuple[str, ...]:

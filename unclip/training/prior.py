@@ -27,7 +27,7 @@ from unclip.images import grid, to_pil
 from unclip.models.prior import PriorConfig
 from unclip.training.drafts import fit_draft, fit_scale
 from unclip.training.fit import TrainConfig
-from unclip.training.start import check_lora
+from unclip.training.start import check_lora, check_sampling
 from unclip.training.task import (
     PREVIEWS,
     DropConfig,
@@ -61,6 +61,7 @@ class PriorRun(Config):
     @model_validator(mode="after")
     def _check(self) -> PriorRun:
         check_lora(self)
+        check_sampling(self)
         if self.model.draft is not None and self.diffusion.target != "x0":
             raise ValueError("model.draft needs diffusion.target = x0")
         return self

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from unclip.config import Config, flat, parse_config, read_yaml, save_config
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 from unclip.files.checkpoints import newest_checkpoint
+from unclip.stages.kinds import kind_of_keys
 
 # What may differ between a run and its continuation.
 FREE_KEYS = (
@@ -40,10 +41,28 @@ def open_run(run: Path, resolved: Config) -> Path | None:
     if newest is not None:
         if not saved.is_file():
             raise CheckpointError(f"{run} has checkpoints but no config.yaml")
-        before = parse_config(read_yaml(saved), type(resolved), str(saved))  # with new defaults
+        data = read_yaml(saved)
+        was, now = training_of(data), training_of(resolved.model_dump())
+        if was is not None and was != now:
+            raise ConfigError(
+                f"{run} holds a run that trains the stage {was}, not {now}; choose another "
+                "train.out to start a new one"
+            )
+        before = parse_config(data, type(resolved), str(saved))  # with new defaults
         _check_same(before, resolved, run)
     save_config(resolved, saved)
     return newest
+
+
+def training_of(data: Mapping[str, Any]) -> str | None:
+    """What a configuration trains, by its keys, if these say so."""
+    model = data.get("model") or {}
+    kind = kind_of_keys(model)
+    if kind is not None:
+        return kind.name
+    if "embed_dim" in model:
+        return "clip"
+    return "clip_text" if "teacher" in data else None
 
 
 def _check_same(before: Config, resolved: Config, run: Path) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 
 from unclip.clip.fingerprint import check_same_encoder
 from unclip.config import flat
+from unclip.diffusion.process import GaussianDiffusion
+from unclip.diffusion.schedulers import check_sampler
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.checkpoints import newest_checkpoint
 from unclip.files.find import resolve_folder
@@ -51,6 +53,16 @@ def check_lora(run: Any) -> None:
     """**Raises**: `ValueError` for low-rank changes of nothing."""
     if run.lora is not None and run.train.init is None:
         raise ValueError("lora needs train.init, the model that it changes")
+
+
+def check_sampling(run: Any) -> None:
+    """**Raises**: `ConfigError` for a process or a sampling with which no preview can be drawn."""
+    if run.diffusion.steps < 2:
+        raise ConfigError(f"diffusion.steps = {run.diffusion.steps} must be at least 2")
+    try:
+        check_sampler(GaussianDiffusion(run.diffusion), run.sampling.sampler, run.sampling.steps)
+    except ConfigError as error:
+        raise ConfigError(f"sampling: {error}") from None
 
 
 def check_widths(clip: Widths, run: Any) -> None:

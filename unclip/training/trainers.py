@@ -13,12 +13,12 @@ from unclip.clip.encoder import FrozenCLIP
 from unclip.config import Config, read_yaml
 from unclip.data.sample import Dataset
 from unclip.errors import ConfigError
-from unclip.stages.kinds import kind_of_keys
 from unclip.training.ar_prior import ArPriorRun, train_ar_prior
 from unclip.training.clip import ClipRun, train_clip
 from unclip.training.clip_text import ClipTextRun, open_clip_text, train_clip_text
 from unclip.training.decoder import DecoderRun, open_decoder, train_decoder
 from unclip.training.prior import PriorRun, open_pairs, train_prior
+from unclip.training.run import training_of
 from unclip.training.upsampler import UpsamplerRun, train_upsampler
 
 
@@ -61,13 +61,7 @@ TRAINERS = {
 
 def trained_by(config: str | Path) -> str:
     """What a configuration trains, by its keys. **Raises**: `ConfigError` if that can't be said."""
-    data = read_yaml(config)
-    model = data.get("model") or {}
-    kind = kind_of_keys(model)
-    if kind is not None:
-        return kind.name
-    if "embed_dim" in model:
-        return "clip"
-    if "teacher" in data:
-        return "clip_text"
-    raise ConfigError(f"{config} is no configuration of a training: {', '.join(TRAINERS)}")
+    name = training_of(read_yaml(config))
+    if name is None:
+        raise ConfigError(f"{config} is no configuration of a training: {', '.join(TRAINERS)}")
+    return name

@@ -30,6 +30,7 @@ from unclip.models.upsampler import UpsamplerConfig
 from unclip.sources import Source
 from unclip.stages.stage import Start
 from unclip.training.fit import TrainConfig
+from unclip.training.start import check_sampling
 from unclip.training.task import PREVIEWS, StageTask, draw, frozen_clip, told_of, train
 
 
@@ -83,6 +84,7 @@ class UpsamplerRun(Config):
             raise ValueError("model.residual needs diffusion.target = x0")
         if self.redrawn is not None and self.data.crop is not None:
             raise ValueError("redrawn needs whole pictures: leave out data.crop")
+        check_sampling(self)
         return self
 
 
