@@ -168,6 +168,17 @@ def test_an_odd_transformers_configuration_is_a_checkpoint_error(
     refused(damaged, f"can't be used as transformers' CLIPModel: .*{value}")
 
 
+def test_a_transformers_folder_without_a_whole_tokenizer_is_refused(damaged: Path) -> None:
+    """transformers made an empty one, for which all texts are equal; a cut vocabulary was a bare
+    Exception."""
+    for path in damaged.glob("tokenizer*.json"):
+        path.unlink()
+    refused(damaged, rf"no CLIP tokenizer in .*: it has \d tokens, the encoder {BPE_IDS}; expected")
+    (damaged / "vocab.json").write_text('{"a": 1')
+    (damaged / "merges.txt").write_text("#version: 0.2\n")
+    refused(damaged, "no CLIP tokenizer in .*BPE")
+
+
 def as_open_clip(folder: Path) -> FrozenCLIP:
     """The same tower with its weights carried over to open_clip's names."""
     theirs = load_file(folder / "model.safetensors")

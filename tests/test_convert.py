@@ -333,6 +333,10 @@ MISTAKES = {
     "a truncated network": (lambda f: truncate(f, f"prior/{WEIGHTS}"), "truncated"),
     "a truncated tower": (lambda f: truncate(f, "text_encoder/model.safetensors"), "truncated"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "names 'tokenizer'"),
+    "an empty tokenizer": (
+        lambda f: [path.unlink() for path in (f / "tokenizer").iterdir()],
+        "no CLIP tokenizer in",
+    ),
     "an unknown scheduler": (
         lambda f: change(f, "prior_scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
         "DDIMScheduler is not supported; expected UnCLIPScheduler",

@@ -271,7 +271,13 @@ def _encoder(
     try:
         # Without model_max_length nothing is truncated.
         bpe = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=context)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
+    except Exception as error:  # a vocabulary that is cut short is a bare one
+        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {_told(error)}") from None
+    if len(bpe) < config.vocab_size:  # where its files are missing it is an empty one
+        raise CheckpointError(
+            f"no CLIP tokenizer in {tokenizer}: it has {len(bpe)} tokens, the encoder "
+            f"{config.vocab_size}; expected the encoder's vocab.json and merges.txt, or its "
+            "tokenizer.json"
+        )
     towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
     return Parts(towers, preprocess, name)
