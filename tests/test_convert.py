@@ -471,6 +471,22 @@ def test_a_hub_id_is_downloaded_without_pickles(
     assert not any("bin" in pattern for pattern in asked["patterns"])
 
 
+def test_a_hub_that_has_only_pickles_is_told_how_they_are_read(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not downloaded, so that no file told of them: the option was not named."""
+    weights = copy / "prior" / WEIGHTS
+    weights.rename(tmp_path / "kept")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(copy))
+    with pytest.raises(CheckpointError, match=r"no weights at .*\.bin, a pickle.*--allow-pickle"):
+        UnCLIP.from_pretrained("owner/karlo")
+    with pytest.raises(CheckpointError, match=r"no weights at [^;]*$"):
+        convert(copy, tmp_path / "ours", allow_pickle=True)
+    (tmp_path / "kept").rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(CheckpointError, match=r"--variant fp16 reads those$"):
+        UnCLIP.from_pretrained("owner/karlo")
+
+
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError("no connection")
