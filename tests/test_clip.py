@@ -6,11 +6,13 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unclip.clip.encoder import FrozenCLIP
@@ -115,10 +117,70 @@ def test_loading_fills_no_log(transformers_folder: Path, capfd: pytest.CaptureFi
     assert "Loading" not in capfd.readouterr().err
 
 
+@pytest.fixture
+def damaged(transformers_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, to be damaged."""
+    return Path(shutil.copytree(transformers_folder, tmp_path / "clip"))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        FrozenCLIP.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("widen", "message"),
+    [(False, r"does not fit CLIPModel: 1 missing \(visual_projection"), (True, "1 mismatched")],
+)
+def test_transformers_weights_that_do_not_fit_are_refused(
+    damaged: Path, widen: bool, message: str
+) -> None:
+    """What was missing was drawn at random, without an error."""
+    tensors = load_file(damaged / "model.safetensors")
+    name = "visual_projection.weight"
+    projection = tensors.pop(name)
+    more = {name: torch.cat([projection, projection])} if widen else {}
+    save_file(tensors | more, damaged / "model.safetensors", {"format": "pt"})
+    refused(damaged, message)
+
+
+def test_transformers_weights_that_are_something_else_are_named(damaged: Path) -> None:
+    """They were a SafetensorError."""
+    weights = damaged / "model.safetensors"
+    whole = weights.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\n"
+    for content in (whole[: len(whole) // 2], b"<html>" * 50, pointer):
+        weights.write_bytes(content)
+        refused(damaged, rf"model\.safetensors \({len(content)} bytes\) is truncated or not a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "24"), ("num_attention_heads", 5), ("hidden_act", "nope")]
+)
+def test_an_odd_transformers_configuration_is_a_checkpoint_error(
+    damaged: Path, key: str, value: Any
+) -> None:
+    """They were errors of transformers' own, or a KeyError."""
+    config = json.loads((damaged / "config.json").read_text())
+    config["text_config"][key] = value
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(damaged, f"can't be used as transformers' CLIPModel: .*{value}")
+
+
+def test_a_transformers_folder_without_a_whole_tokenizer_is_refused(damaged: Path) -> None:
+    """transformers made an empty one, for which all texts are equal; a cut vocabulary was a bare
+    Exception."""
+    for path in damaged.glob("tokenizer*.json"):
+        path.unlink()
+    refused(damaged, rf"no CLIP tokenizer in .*: it has \d tokens, the encoder {BPE_IDS}; expected")
+    (damaged / "vocab.json").write_text('{"a": 1')
+    (damaged / "merges.txt").write_text("#version: 0.2\n")
+    refused(damaged, "no CLIP tokenizer in .*BPE")
+
+
 def as_open_clip(folder: Path) -> FrozenCLIP:
     """The same tower with its weights carried over to open_clip's names."""
-    from safetensors.torch import load_file
-
     theirs = load_file(folder / "model.safetensors")
     model = build_clip(small_config())
     state = {

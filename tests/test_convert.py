@@ -333,6 +333,10 @@ MISTAKES = {
     "a truncated network": (lambda f: truncate(f, f"prior/{WEIGHTS}"), "truncated"),
     "a truncated tower": (lambda f: truncate(f, "text_encoder/model.safetensors"), "truncated"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "names 'tokenizer'"),
+    "an empty tokenizer": (
+        lambda f: [path.unlink() for path in (f / "tokenizer").iterdir()],
+        "no CLIP tokenizer in",
+    ),
     "an unknown scheduler": (
         lambda f: change(f, "prior_scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
         "DDIMScheduler is not supported; expected UnCLIPScheduler",
@@ -465,6 +469,22 @@ def test_a_hub_id_is_downloaded_without_pickles(
     assert pipe.sizes == [16, 32]
     assert asked["repo"] == "kakaobrain/karlo-v1-alpha"
     assert not any("bin" in pattern for pattern in asked["patterns"])
+
+
+def test_a_hub_that_has_only_pickles_is_told_how_they_are_read(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not downloaded, so that no file told of them: the option was not named."""
+    weights = copy / "prior" / WEIGHTS
+    weights.rename(tmp_path / "kept")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(copy))
+    with pytest.raises(CheckpointError, match=r"no weights at .*\.bin, a pickle.*--allow-pickle"):
+        UnCLIP.from_pretrained("owner/karlo")
+    with pytest.raises(CheckpointError, match=r"no weights at [^;]*$"):
+        convert(copy, tmp_path / "ours", allow_pickle=True)
+    (tmp_path / "kept").rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(CheckpointError, match=r"--variant fp16 reads those$"):
+        UnCLIP.from_pretrained("owner/karlo")
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -90,6 +92,21 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"unclip.json", "config.json", "model.safetensors"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
+
+
+def test_no_room_for_weights_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """It was a SafetensorError, which nobody who saves expects, and a traceback."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match=r"large.*x\.safetensors") as error:
+            write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert error.value.errno == errno.EFBIG
 
 
 def test_truncated_weights_are_named(tmp_path: Path) -> None:

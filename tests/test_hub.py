@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from huggingface_hub import constants, file_download
 
 from unclip.cli import main
 from unclip.errors import CheckpointError, ConfigError
+from unclip.files.folder import WEIGHTS, WEIGHTS_LAST, update_index
 from unclip.hub import card, push
 from unclip.pipeline import UnCLIP
 from unclip.stages.lora import describe
@@ -85,6 +87,8 @@ class Endpoints(BaseHTTPRequestHandler):
             if item["key"] == "file":
                 content = base64.b64decode(item["value"]["content"])
                 branches[branch][item["value"]["path"]] = content
+            if item["key"] == "deletedFile":
+                del branches[branch][item["value"]["path"]]
         url = f"http://{self.headers['Host']}/{repo}/commit/{sha(branches[branch])}"
         self.answer({"success": True, "commitOid": sha(branches[branch]), "commitUrl": url})
 
@@ -184,6 +188,36 @@ def test_a_revision_is_a_branch_of_its_own(hub: Hub, pipe: UnCLIP, tmp_path: Pat
     assert picture(UnCLIP.from_pretrained("somebody/tiny@v1")) == picture(pipe)
     with pytest.raises(CheckpointError, match="it has no such revision"):
         UnCLIP.from_pretrained("somebody/tiny@v2")
+
+
+def test_what_a_later_push_no_longer_has_is_deleted(
+    hub: Hub, model_folder: Path, tmp_path: Path
+) -> None:
+    """A second network for the last step stayed, and was used. Files of others stay."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    shutil.copy(folder / "decoder" / WEIGHTS, folder / "decoder" / WEIGHTS_LAST)
+    push(folder, "somebody/tiny")
+    files = hub.branches["somebody/tiny"]["main"]
+    before, others = (
+        set(files),
+        {"prior/notes.txt", "samples/config.json", "model_last.safetensors"},
+    )
+    files |= dict.fromkeys(others, b"")
+    (folder / "decoder" / WEIGHTS_LAST).unlink()
+    update_index(folder, stages=["clip", "decoder"])
+    push(folder, "somebody/tiny")
+    gone = {"decoder/model_last.safetensors"} | {
+        name for name in before if name.startswith(("prior/", "upsampler_"))
+    }
+    assert len(gone) == 7 and set(files) == (before - gone) | others
+
+
+def test_a_push_deletes_nothing_of_what_is_no_model_of_ours(hub: Hub, model_folder: Path) -> None:
+    """diffusers' folders have a `prior/config.json`, too."""
+    theirs = {"prior/model_last.safetensors": b"", "upsampler_8/config.json": b""}
+    hub.branches["somebody/tiny"] = {"main": dict(theirs)}
+    push(model_folder, "somebody/tiny")
+    assert theirs.keys() <= hub.branches["somebody/tiny"]["main"].keys()
 
 
 def test_who_may_not_is_told_what_to_do(

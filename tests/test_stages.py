@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_pipeline
 
 from unclip.config import read_yaml
 from unclip.errors import CheckpointError
 from unclip.files.folder import ORDER, stage_kind
 from unclip.pipeline import UnCLIP
+from unclip.sources import Source
 from unclip.stages.kinds import KINDS, build, kind_of, kind_of_keys
 from unclip.stages.upsampler import route
 from unclip.training.trainers import TRAINERS
@@ -59,6 +62,17 @@ def test_routes_lead_through_stages_that_fit_together() -> None:
     assert route([small, large], 32, 64) == [large]
     assert route([small, large], 64, 64) == []
     assert route([large], 16, 64) is None
+
+
+def test_a_stage_saved_over_another_keeps_nothing_of_it(tmp_path: Path) -> None:
+    """Its network for the last step stayed in the folder, and was used."""
+    upsampler, other = tiny_pipeline().upsamplers[0], tiny_pipeline().upsamplers[0].network
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    replace(upsampler, last=other).save(tmp_path)
+    assert Source(tmp_path).stage(upsampler.name).load().last is not None
+    upsampler.save(tmp_path)
+    assert Source(tmp_path).stage(upsampler.name).load().last is None
 
 
 @pytest.mark.parametrize("power", [[0.5], {"one": 0.5}, {"1": None}, {"1": [0.5]}])

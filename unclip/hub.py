@@ -12,7 +12,15 @@ import yaml
 from unclip.config import read_yaml
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.find import hub_errors, resolve_folder, why
-from unclip.files.folder import CONFIG, INDEX, WEIGHTS, WEIGHTS_LAST, read_index, read_stage_config
+from unclip.files.folder import (
+    CONFIG,
+    INDEX,
+    ORDER,
+    WEIGHTS,
+    WEIGHTS_LAST,
+    read_index,
+    read_stage_config,
+)
 from unclip.shipped import located
 from unclip.sources import Source
 from unclip.stages.lora import LORA
@@ -21,6 +29,7 @@ from unclip.text import markdown_table
 
 CARD = "README.md"
 OURS = (CONFIG, WEIGHTS, WEIGHTS_LAST)  # of a stage's folder
+IN_STAGES = re.compile(rf"({'|'.join(ORDER)})(_\d+)?/({'|'.join(map(re.escape, OURS))})")
 
 
 def push(
@@ -36,14 +45,15 @@ def push(
     """Send a model folder, a run's newest checkpoint or a LoRA to the hub, in one commit.
 
     `repo` is `owner/name`, which is made if it is not there; `revision` a branch, likewise. Stages
-    and index are sent, what resuming needs is not. A folder's own `README.md` is its card;
-    otherwise `card` writes one. Without `token` the hub's own settings count (HF_TOKEN). Returns
-    where it lies.
+    and index are sent, what resuming needs is not; files of stages that an earlier push left there
+    and the new index does not mean are deleted. A folder's own `README.md` is its card; otherwise
+    `card` writes one. Without `token` the hub's own settings count (HF_TOKEN). Returns where it
+    lies.
 
     **Raises**: `CheckpointError` for what is no model folder, `ConfigError` if the hub takes
     nothing.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None:
         raise ConfigError(f"{repo!r} is no name on the hub; expected owner/name")
@@ -63,9 +73,14 @@ def push(
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        there = set(api.list_repo_files(repo, revision=revision))
+        stale = [path for path in sorted(there - set(sent)) if IN_STAGES.fullmatch(path)]
         done = api.create_commit(
             repo,
-            [CommitOperationAdd(path, content) for path, content in sent.items()],
+            [
+                *(CommitOperationAdd(path, content) for path, content in sent.items()),
+                *map(CommitOperationDelete, stale if INDEX in there else []),
+            ],
             commit_message=f"{', '.join(stages)}, by unclip",
             revision=revision,
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from unclip.clip.fingerprint import PROBE_TEXTS
@@ -176,16 +175,10 @@ def _from_open_clip(source: str) -> Parts:
 
 def _from_transformers(path: Path) -> Parts:
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-    from transformers.utils import logging
 
-    try:
-        load = {"local_files_only": True, "use_safetensors": True}  # never a pickle
-        with without_bars(logging):
-            both = CLIPModel.from_pretrained(path, **load)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete transformers CLIP folder: {error}"
-        ) from None
+    if (path / WEIGHTS).is_file():
+        TensorFile(path / WEIGHTS)  # says so where it is cut short
+    both = _whole(CLIPModel, path, use_safetensors=True)  # never a pickle
     for config in (both.config.text_config, both.config.vision_config):
         config.projection_dim = both.config.projection_dim
     with torch.device("meta"):  # shells: their parts come from the loaded model
@@ -221,29 +214,46 @@ def from_folder(folder: Folder, dtype: torch.dtype) -> Parts | None:
 
 
 def _tower(kind: Any, folder: Folder, part: str, dtype: torch.dtype) -> Any:
+    folder.tensors(part)  # refuses pickles and files that are cut short
+    return _whole(
+        kind,
+        folder.parts[part],
+        dtype=dtype,
+        variant=folder.variant,
+        use_safetensors=None if folder.allow_pickle else True,
+        weights_only=True,
+    )
+
+
+def _whole(kind: Any, path: Path, **options: Any) -> Any:
+    """A model of transformers, none of whose weights are left at random."""
     from transformers.utils import logging
 
-    path = folder.parts[part]
-    folder.tensors(part)  # refuses pickles and files that are cut short
     try:
         with without_bars(logging):
             model, report = kind.from_pretrained(
                 path,
-                dtype=dtype,
-                variant=folder.variant,
                 local_files_only=True,
-                use_safetensors=None if folder.allow_pickle else True,
-                weights_only=True,
+                ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
+                **options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} can't be used: {error}") from None
-    wrong = {how: sorted(map(str, report[f"{how}_keys"])) for how in KEYS}
+    except Exception as error:  # whatever a damaged config.json provokes
+        raise CheckpointError(
+            f"{path} can't be used as transformers' {kind.__name__}: {_told(error)}"
+        ) from None
+    wrong = {how: sorted(report[f"{how}_keys"]) for how in KEYS}
+    wrong["mismatched"] = [name for name, *_ in wrong["mismatched"]]  # and both shapes
     # Constants that older versions of transformers saved.
     wrong["unexpected"] = [n for n in wrong["unexpected"] if not n.endswith("position_ids")]
     if problems := tally(wrong):
         raise CheckpointError(f"{path} does not fit {kind.__name__}: {problems}")
     return model
+
+
+def _told(error: Exception) -> str:
+    """An error on one line, with its type, which says more than a key alone."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _encoder(
@@ -261,7 +271,13 @@ def _encoder(
     try:
         # Without model_max_length nothing is truncated.
         bpe = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=context)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {error}") from None
+    except Exception as error:  # a vocabulary that is cut short is a bare one
+        raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {_told(error)}") from None
+    if len(bpe) < config.vocab_size:  # where its files are missing it is an empty one
+        raise CheckpointError(
+            f"no CLIP tokenizer in {tokenizer}: it has {len(bpe)} tokens, the encoder "
+            f"{config.vocab_size}; expected the encoder's vocab.json and merges.txt, or its "
+            "tokenizer.json"
+        )
     towers = TransformersTowers(text, vision, TransformersTokenizer(bpe, context))
     return Parts(towers, preprocess, name)

@@ -138,9 +138,13 @@ class Folder:
             return TensorFile(files[0]) if len(files) == 1 else Shards(files)
         pickled = folder / self._varied(PICKLES[name])
         if not pickled.is_file():
-            raise CheckpointError(
-                f"no weights at {folder / self._varied(name)}{_instead(folder, name)}"
-            )
+            said = _instead(folder, name)
+            if not said and not self.allow_pickle:
+                said = (
+                    f"; from the hub, {pickled.name}, a pickle, is not downloaded: if you trust "
+                    "it, convert it once: python sample.py convert OWNER/NAME OUT --allow-pickle"
+                )
+            raise CheckpointError(f"no weights at {folder / self._varied(name)}{said}")
         if not self.allow_pickle:
             raise CheckpointError(
                 f"{folder} has only {pickled.name}, a pickle, which could run any code when "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +26,8 @@ def write_tensors(
     """Write a safetensors file in one piece: contiguous, untied, readable as the umask says.
 
     `dtype` converts floating tensors, but for those named in `exact`, which it makes float32.
+
+    **Raises**: `OSError` if the file can't be written.
     """
     path = Path(path)
     plain: dict[str, Tensor] = {}
@@ -41,7 +45,12 @@ def write_tensors(
     beside.unlink(missing_ok=True)
     beside.touch()
     mode = beside.stat().st_mode
-    save_file(plain, beside, metadata={"format": "pt"})
+    try:
+        save_file(plain, beside, metadata={"format": "pt"})
+    except SafetensorError as error:  # says only in words what the system said
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number) if code else str(error), str(path)) from None
     beside.chmod(mode)  # safetensors makes its files 0600
     sync(beside)
     os.replace(beside, path)

@@ -229,6 +229,8 @@ class Stage:
         if self.last is not None:
             last = self.last.state_dict()
             write_tensors(folder / self.name / WEIGHTS_LAST, last, dtype, exact)
+        else:  # one saved here before would be taken for ours
+            (folder / self.name / WEIGHTS_LAST).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
