@@ -161,9 +161,18 @@ def test_what_a_caption_may_be(tmp_path: Path, column: pa.Array, drawn: str) -> 
         assert fixed(dataset, 60).caption == drawn
 
 
-def test_classes_are_called_by_their_names(tmp_path: Path) -> None:
-    kind = datasets.ClassLabel(names=["cat", "dog"])
-    table = datasets.Dataset.from_dict({"image": [png(1)] * 2, "label": [1, 0]})
-    table.cast_column("label", kind).to_parquet(tmp_path / "a.parquet")
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_are_called_by_their_names(tmp_path: Path, several: bool) -> None:
+    """-1, which says that there is none, was the last class; of a list the numbers were drawn."""
+    kind, labels = datasets.ClassLabel(names=["cat", "dog"]), [1, 0] * 30 + [-1]
+    columns = {
+        "image": [png(1)] * 61,
+        "label": [[k, -1] for k in labels] if several else labels,
+    }
+    features = {"image": datasets.Value("binary"), "label": [kind] if several else kind}
+    table = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    table.to_parquet(tmp_path / "a.parquet")
     dataset = open_dataset(str(tmp_path / "a.parquet"), 8, columns=Columns("label"))
-    assert [fixed(dataset, i).caption for i in range(2)] == ["dog", "cat"]
+    assert [fixed(dataset, i).caption for i in range(4)] == ["dog", "cat"] * 2
+    with pytest.warns(UserWarning, match="row 60 has an empty caption"):
+        assert fixed(dataset, 60).caption in ("cat", "dog")

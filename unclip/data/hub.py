@@ -38,7 +38,7 @@ class Rows:
                 f"data {name} has the columns {', '.join(names)}; expected captions in one of "
                 f"{columns.caption or ', '.join(KEYS)}: name their column as data.caption"
             )
-        kinds = {c: table.features[c] for c in captions}
+        kinds = {c: _one_of(table.features[c]) for c in captions}
         self._classes = {c: kind.names for c, kind in kinds.items() if hasattr(kind, "names")}
         self._picture = _picture_column(name, table.features.arrow_schema, columns.image)
         wanted = list(dict.fromkeys([self._picture, *captions]))
@@ -61,7 +61,7 @@ class Rows:
         except (OSError, ValueError) as error:
             raise DataError(f"{label} can't be read: {error}", "unreadable") from None
         for column, names in self._classes.items():  # numbers that stand for words
-            row[column] = None if row[column] is None else names[row[column]]
+            row[column] = _words(row[column], names)
         data = row[self._picture]
         data = data.get("bytes") if isinstance(data, dict) else data
         if not data:
@@ -136,6 +136,20 @@ def _is_picture(field: Any) -> bool:
     if hasattr(kind, "get_field_index") and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return str(kind) in ("binary", "large_binary")
+
+
+def _one_of(kind: Any) -> Any:
+    """What a list is of, however deep; anything else as it is."""
+    while hasattr(kind, "feature"):
+        kind = kind.feature
+    return kind
+
+
+def _words(value: Any, names: Sequence[str]) -> Any:
+    """The names of classes for their numbers; -1 says that there is none."""
+    if isinstance(value, list):
+        return [_words(one, names) for one in value]
+    return names[value] if value is not None and 0 <= value < len(names) else None
 
 
 def _undecoded(table: Any, column: str) -> Any:
