@@ -68,6 +68,16 @@ def test_of_several_captions_one_is_drawn(tmp_path: Path) -> None:
     assert drawn == {"60 a", "60 b"}
 
 
+@pytest.mark.parametrize("name", ["set[1]", "a{b}", "what?", "st*r"])
+def test_signs_of_patterns_may_be_in_a_folders_name(tmp_path: Path, name: str) -> None:
+    """datasets took the names of files for patterns, which matched nothing."""
+    (tmp_path / name).mkdir()
+    table = pa.table({"image": [png(level) for level in LEVELS], "text": ["x"] * len(LEVELS)})
+    pq.write_table(table, tmp_path / name / "a.parquet")
+    for spec in (tmp_path / name, tmp_path / name / "a.parquet"):
+        assert level_of(fixed(open_dataset(str(spec), 8), 2).image) == LEVELS[2]
+
+
 @pytest.mark.parametrize("form", ["bytes", "struct"])
 def test_parquet_files_may_hold_the_pictures(tmp_path: Path, form: str) -> None:
     """img2dataset's columns, and an image feature without its metadata."""

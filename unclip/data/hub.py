@@ -6,6 +6,7 @@ read by its number; it runs no code of theirs. Pictures are decoded here, as tho
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def open_parquet(spec: str, paths: Sequence[Path], fit: Fit, columns: Columns = 
 
     **Raises**: `DataError` when they aren't whole, or hold no pictures or captions.
     """
-    files = [str(path) for path in paths]
+    files = [glob.escape(str(path)) for path in paths]  # datasets takes names for patterns
     options = {"data_files": files, "split": "train"}
     table = _load(spec, lambda load: load("parquet", **options))
     return Rows(spec, table, fit, columns)
