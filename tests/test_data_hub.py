@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,35 @@ def test_of_several_captions_one_is_drawn(tmp_path: Path) -> None:
     dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd', text=captions)}", 8)
     drawn = {dataset.get(1, torch.Generator().manual_seed(k)).caption for k in range(20)}
     assert drawn == {"60 a", "60 b"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dataset_of_picture_files_is_read(tmp_path: Path, packed: bool) -> None:
+    """datasets keeps only the paths of such pictures, and each row had no picture."""
+    (tmp_path / "d").mkdir()
+    lines = [json.dumps({"file_name": f"{x}.png", "text": f"level {x}"}) for x in LEVELS]
+    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(lines))
+    for level in LEVELS:
+        (tmp_path / "d" / f"{level}.png").write_bytes(png(level))
+    if packed:
+        shutil.make_archive(str(tmp_path / "z" / "train"), "zip", tmp_path / "d")
+    dataset = open_dataset(f"hf:{tmp_path / ('z' if packed else 'd')}", 8)
+    samples = [fixed(dataset, i) for i in range(len(dataset))]
+    assert [(level_of(s.image), s.caption) for s in samples] == [(x, f"level {x}") for x in LEVELS]
+    shutil.rmtree(tmp_path / ("z" if packed else "d"))
+    with pytest.raises(DataError, match=r"row 0, \S*0\.png\S*, can't be read"):
+        fixed(dataset, 0)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_paths_in_parquet_files_are_not_followed(tmp_path: Path, hub: bool) -> None:
+    (tmp_path / "secret.png").write_bytes(png(9))
+    named = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * len(LEVELS)
+    folder = hub_style(tmp_path / "d", image=named)
+    file = folder / "data" / "test-00000-of-00001.parquet"
+    dataset = open_dataset(f"hf:{folder}" if hub else str(file), 8)
+    with pytest.raises(DataError, match="row 0 has no picture"):
+        fixed(dataset, 0)
 
 
 @pytest.mark.parametrize("name", ["set[1]", "a{b}", "what?", "st*r"])

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import glob
 import io
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 
 from unclip.data.captions import KEYS, USUAL, Columns, captions_of, draw
 from unclip.data.sample import Sample
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, check_open_files
 from unclip.images import Fit
 from unclip.progress import without_bars
 
@@ -42,6 +44,7 @@ class Rows:
         kinds = {c: _one_of(table.features[c]) for c in captions}
         self._classes = {c: kind.names for c, kind in kinds.items() if hasattr(kind, "names")}
         self._picture = _picture_column(name, table.features.arrow_schema, columns.image)
+        self._of_files = _of_files(table, self._picture)
         wanted = list(dict.fromkeys([self._picture, *captions]))
         self._table = _undecoded(table, self._picture).select_columns(wanted)
 
@@ -64,7 +67,10 @@ class Rows:
         for column, names in self._classes.items():  # numbers that stand for words
             row[column] = _words(row[column], names)
         data = row[self._picture]
-        data = data.get("bytes") if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            path, data = data.get("path"), data.get("bytes")
+            if data is None and path and self._of_files:
+                data = _read(path, label)
         if not data:
             raise DataError(f"{label} has no picture", "no picture")
         captions = captions_of(row, self.columns.caption, label)
@@ -137,6 +143,28 @@ def _is_picture(field: Any) -> bool:
     if hasattr(kind, "get_field_index") and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return str(kind) in ("binary", "large_binary")
+
+
+def _of_files(table: Any, column: str) -> bool:
+    """Whether paths in the column are those of files that datasets itself has found: any other
+    table may name any file."""
+    import datasets
+
+    found = table.info.builder_name == "imagefolder"
+    return found and isinstance(table.features[column], datasets.Image)
+
+
+def _read(path: str, label: str) -> bytes:
+    """A picture's file, or one in an archive (`zip://a.png::/b.zip`)."""
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            data: bytes = file.read()
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        check_open_files(error)
+        raise DataError(f"{label}, {path}, can't be read: {error}", "unreadable") from None
+    return data
 
 
 def _one_of(kind: Any) -> Any:
