@@ -516,6 +516,11 @@ def damaged(root: Path, name: str) -> None:
         pq.write_table(first.slice(1), table / "metadata_00001.parquet")
     elif name == "no columns":
         pq.write_table(pa.table({"a": [1]}), table / "metadata_00001.parquet")
+    elif name == "two of one number":
+        np.save(root / "img_emb" / "img_emb_1.npy", np.load(array))
+    elif name == "two tables":
+        first = table / "metadata_00001.parquet"
+        (table / "metadata_1.parquet").write_bytes(first.read_bytes())
     elif name == "not parquet":
         (table / "metadata_00001.parquet").write_bytes(b"PAR1")
     else:
@@ -533,6 +538,8 @@ def damaged(root: Path, name: str) -> None:
         ("no captions", "has no captions for shard 1"),
         ("fewer captions", "img_emb_00001.npy has 324 embeddings but 323 captions"),
         ("no columns", "has the columns a; expected one of key"),
+        ("two of one number", "img_emb_00001.npy and img_emb_1.npy have the same number"),
+        ("two tables", "metadata_00001.parquet and metadata_1.parquet have the same number"),
         ("not parquet", "metadata_00001.parquet is not a whole parquet file"),
         ("incomplete", "is not complete; run `unclip train embed` again"),
     ],

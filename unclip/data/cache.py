@@ -256,9 +256,17 @@ def _spellings(key: str, root: Path) -> Iterator[str]:
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """Files by the number that ends their name."""
-    found = {path: re.search(r"(\d+)$", path.stem) for path in folder.glob(f"*{suffix}")}
-    return {int(match[1]): path for path, match in found.items() if match}
+    """Files by the number that ends their name. **Raises**: `DataError` if two have the same."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"*{suffix}")):
+        if match := re.search(r"(\d+)$", path.stem):
+            other = found.setdefault(int(match[1]), path)
+            if other != path:
+                raise DataError(
+                    f"{other} and {path.name} have the same number, which says whose captions "
+                    "are whose embeddings': leave those of one run"
+                )
+    return found
 
 
 @dataclass(frozen=True)
