@@ -105,6 +105,16 @@ def test_shards_by_folder_pattern_and_braces(tmp_path: Path) -> None:
     assert one.key == "s-08.tar:d/1"
 
 
+def test_two_stars_stand_for_folders_of_any_depth(tmp_path: Path) -> None:
+    """They stood for one folder: what lay higher or deeper was passed over in silence."""
+    for number, folder in enumerate((tmp_path, tmp_path / "a", tmp_path / "a" / "b")):
+        folder.mkdir(exist_ok=True)
+        write(folder / "s.tar", samples(number, 1))
+    dataset = open_dataset(f"{tmp_path}/**/*.tar", 8)
+    keys = [dataset.get(index, ANY).key for index in range(len(dataset))]
+    assert keys == ["a/b/s.tar:0002", "a/s.tar:0001", "s.tar:0000"]
+
+
 FUZZ = settings(
     max_examples=25,
     deadline=None,
