@@ -379,6 +379,18 @@ def test_bad_samples_are_reported_once_a_kind_and_replaced(tmp_path: Path) -> No
     assert backwards[::-1] == found  # whoever asks, and whenever
 
 
+@pytest.mark.parametrize("bad", ["1" + "0" * 400, "[" * 600 + "]" * 600])
+def test_what_in_a_json_is_no_caption_does_not_end_training(tmp_path: Path, bad: str) -> None:
+    """Integers that no float holds, and deep lists, were tracebacks."""
+    members = {}
+    for n in range(30):
+        caption = bad if n == 7 else f'"number {n}"'
+        members |= {f"{n}.png": encode(n), f"{n}.json": f'{{"caption": {caption}}}'.encode()}
+    dataset = open_dataset(str(write(tmp_path / "a.tar", members)), 9)
+    with pytest.warns(UserWarning, match="a.tar:7 has an empty caption"):
+        assert dataset.get(7, ANY).caption.startswith("number ")
+
+
 def test_too_many_bad_samples_stop_with_the_shards_they_are_in(tmp_path: Path) -> None:
     paths = many(tmp_path / "data", 40)
     dataset = open_dataset(str(tmp_path / "data"), 9)
