@@ -115,7 +115,9 @@ class EmbeddingCache:
         """Row `index` with its one caption; the generator is not drawn from."""
         z = self.embedding(index)
         if not (caption := clean(self._metadata.caption(index))):
-            raise DataError(f"{self.place(index)}: row {index} of all has no caption", "no caption")
+            raise DataError(
+                f"{self.place(index)}: row {index} of all has no caption in UTF-8", "no caption"
+            )
         return Sample(None, caption, self.key(index), z)
 
     def embedding(self, index: int) -> Tensor:
