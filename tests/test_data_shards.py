@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
 import tarfile
 import time
 import warnings
@@ -335,6 +336,23 @@ def test_samples_without_a_part_are_left_out(tmp_path: Path) -> None:
     write(path, {"1.pickle": b"cos\nsystem\n"})
     with pytest.raises(DataError, match=r"a\.tar holds no samples"):
         open_dataset(str(path), 8)
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+@pytest.mark.parametrize("place", [0, 30, 59])
+def test_a_sparse_member_costs_its_sample_alone(tmp_path: Path, form: str, place: int) -> None:
+    """Its size without holes isn't the stored one: the whole shard was called damaged."""
+    for name, data in samples(0, 60).items():
+        (tmp_path / name).write_bytes(data)
+    with (tmp_path / f"{place:04}.png").open("r+b") as file:
+        file.truncate(2**20)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    made = ["tar", "-cSf", "s.tar", f"--format={form}", *names]
+    if subprocess.run(made, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("tar is not GNU's")
+    with pytest.warns(UserWarning, match=rf"1 samples lack a JPEG.*s\.tar:{place:04}"):
+        dataset = open_dataset(str(tmp_path / "s.tar"), 9)
+    assert captions(dataset) == [f"number {n}" for n in range(60) if n != place]
 
 
 def soiled(root: Path) -> Dataset:
