@@ -265,8 +265,8 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
             other = found.setdefault(int(match[1]), path)
             if other != path:
                 raise DataError(
-                    f"{other} and {path.name} have the same number, which says whose captions "
-                    "are whose embeddings': leave those of one run"
+                    f"{other} and {path.name} have the same number, by which embeddings find their "
+                    "captions; keep the files of one run"
                 )
     return found
 
