@@ -499,6 +499,28 @@ def test_rows_are_found_by_key(tmp_path: Path, kept: Path, monkeypatch: pytest.M
     assert [[*again.rows(key)] for key in ("k 7", "k 1234", "k 1500")] == [[7], [1234], []]
 
 
+@pytest.mark.parametrize("form", ["bytes", "strings"])
+def test_bytes_that_are_not_utf_8_cost_one_caption_and_no_key(tmp_path: Path, form: str) -> None:
+    """Arrow's own errors, or a traceback when the row was read, ended the training."""
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    np.save(tmp_path / "img_emb" / "0.npy", np.ones((40, 4), np.float16))
+    columns = {
+        "key": [b"caf\xe9", *(b"%d" % n for n in range(1, 40))],
+        "caption": [*(b"row %d" % n for n in range(39)), b"caf\xe9"],
+    }
+    table = {name: pa.array(column) for name, column in columns.items()}
+    if form == "strings":
+        for name, column in table.items():
+            table[name] = pa.StringArray.from_buffers(40, *column.buffers()[1:])
+    pq.write_table(pa.table(table), tmp_path / "metadata" / "0.parquet")
+    dataset = open_dataset(str(tmp_path), 8, embeddings=True)
+    assert fixed(dataset, 0).key == "caf\\udce9"
+    assert [fixed(dataset, n).caption for n in range(39)] == [f"row {n}" for n in range(39)]
+    with pytest.warns(UserWarning, match=r"0\.npy: row 39 of all has no caption in UTF-8"):
+        assert fixed(dataset, 39).caption.startswith("row ")
+
+
 def damaged(root: Path, name: str) -> None:
     array, table = root / "img_emb" / "img_emb_00001.npy", root / "metadata"
     if name == "truncated":
@@ -516,6 +538,14 @@ def damaged(root: Path, name: str) -> None:
         pq.write_table(first.slice(1), table / "metadata_00001.parquet")
     elif name == "no columns":
         pq.write_table(pa.table({"a": [1]}), table / "metadata_00001.parquet")
+    elif name == "two of one number":
+        np.save(root / "img_emb" / "img_emb_1.npy", np.load(array))
+    elif name == "two tables":
+        first = table / "metadata_00001.parquet"
+        (table / "metadata_1.parquet").write_bytes(first.read_bytes())
+    elif name == "lists of captions":
+        lists = {"key": ["a"] * 324, "caption": [["a", "b"]] * 324}
+        pq.write_table(pa.table(lists), table / "metadata_00001.parquet")
     elif name == "not parquet":
         (table / "metadata_00001.parquet").write_bytes(b"PAR1")
     else:
@@ -533,6 +563,9 @@ def damaged(root: Path, name: str) -> None:
         ("no captions", "has no captions for shard 1"),
         ("fewer captions", "img_emb_00001.npy has 324 embeddings but 323 captions"),
         ("no columns", "has the columns a; expected one of key"),
+        ("two of one number", "img_emb_00001.npy and img_emb_1.npy have the same number"),
+        ("two tables", "metadata_00001.parquet and metadata_1.parquet have the same number"),
+        ("lists of captions", r"has captions of type list<.*>; expected one text each"),
         ("not parquet", "metadata_00001.parquet is not a whole parquet file"),
         ("incomplete", "is not complete; run `unclip train embed` again"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,45 @@ def test_of_several_captions_one_is_drawn(tmp_path: Path) -> None:
     dataset = open_dataset(f"hf:{hub_style(tmp_path / 'd', text=captions)}", 8)
     drawn = {dataset.get(1, torch.Generator().manual_seed(k)).caption for k in range(20)}
     assert drawn == {"60 a", "60 b"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dataset_of_picture_files_is_read(tmp_path: Path, packed: bool) -> None:
+    """datasets keeps only the paths of such pictures, and each row had no picture."""
+    (tmp_path / "d").mkdir()
+    lines = [json.dumps({"file_name": f"{x}.png", "text": f"level {x}"}) for x in LEVELS]
+    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(lines))
+    for level in LEVELS:
+        (tmp_path / "d" / f"{level}.png").write_bytes(png(level))
+    if packed:
+        shutil.make_archive(str(tmp_path / "z" / "train"), "zip", tmp_path / "d")
+    dataset = open_dataset(f"hf:{tmp_path / ('z' if packed else 'd')}", 8)
+    samples = [fixed(dataset, i) for i in range(len(dataset))]
+    assert [(level_of(s.image), s.caption) for s in samples] == [(x, f"level {x}") for x in LEVELS]
+    shutil.rmtree(tmp_path / ("z" if packed else "d"))
+    with pytest.raises(DataError, match=r"row 0, \S*0\.png\S*, can't be read"):
+        fixed(dataset, 0)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_paths_in_parquet_files_are_not_followed(tmp_path: Path, hub: bool) -> None:
+    (tmp_path / "secret.png").write_bytes(png(9))
+    named = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * len(LEVELS)
+    folder = hub_style(tmp_path / "d", image=named)
+    file = folder / "data" / "test-00000-of-00001.parquet"
+    dataset = open_dataset(f"hf:{folder}" if hub else str(file), 8)
+    with pytest.raises(DataError, match="row 0 has no picture"):
+        fixed(dataset, 0)
+
+
+@pytest.mark.parametrize("name", ["set[1]", "a{b}", "what?", "st*r"])
+def test_signs_of_patterns_may_be_in_a_folders_name(tmp_path: Path, name: str) -> None:
+    """datasets took the names of files for patterns, which matched nothing."""
+    (tmp_path / name).mkdir()
+    table = pa.table({"image": [png(level) for level in LEVELS], "text": ["x"] * len(LEVELS)})
+    pq.write_table(table, tmp_path / name / "a.parquet")
+    for spec in (tmp_path / name, tmp_path / name / "a.parquet"):
+        assert level_of(fixed(open_dataset(str(spec), 8), 2).image) == LEVELS[2]
 
 
 @pytest.mark.parametrize("form", ["bytes", "struct"])
@@ -161,9 +202,18 @@ def test_what_a_caption_may_be(tmp_path: Path, column: pa.Array, drawn: str) -> 
         assert fixed(dataset, 60).caption == drawn
 
 
-def test_classes_are_called_by_their_names(tmp_path: Path) -> None:
-    kind = datasets.ClassLabel(names=["cat", "dog"])
-    table = datasets.Dataset.from_dict({"image": [png(1)] * 2, "label": [1, 0]})
-    table.cast_column("label", kind).to_parquet(tmp_path / "a.parquet")
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_are_called_by_their_names(tmp_path: Path, several: bool) -> None:
+    """-1, which says that there is none, was the last class; of a list the numbers were drawn."""
+    kind, labels = datasets.ClassLabel(names=["cat", "dog"]), [1, 0] * 30 + [-1]
+    columns = {
+        "image": [png(1)] * 61,
+        "label": [[k, -1] for k in labels] if several else labels,
+    }
+    features = {"image": datasets.Value("binary"), "label": [kind] if several else kind}
+    table = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    table.to_parquet(tmp_path / "a.parquet")
     dataset = open_dataset(str(tmp_path / "a.parquet"), 8, columns=Columns("label"))
-    assert [fixed(dataset, i).caption for i in range(2)] == ["dog", "cat"]
+    assert [fixed(dataset, i).caption for i in range(4)] == ["dog", "cat"] * 2
+    with pytest.warns(UserWarning, match="row 60 has an empty caption"):
+        assert fixed(dataset, 60).caption in ("cat", "dog")

@@ -339,6 +339,8 @@ def test_stray_quotes_never_give_a_picture_the_words_of_another(
         ({"file_name": "007.jpg", "text": [{"a": 1}, [], None]}, "have no caption"),
         ({"file_name": "007.jpg", "text": True}, "have no caption"),
         ({"file_name": "007.jpg", "text": float("nan")}, "have no caption"),
+        ({"file_name": "007.jpg", "text": 10**400}, "have no caption"),
+        ('{"file_name": "007.jpg", "text": ' + "[" * 600 + "]" * 600 + "}", "have no caption"),
         ({"file_name": 7, "text": "a"}, "have no file_name .*: line 8 has file_name, text"),
         ({"file_name": "a" * 5000, "text": "a"}, "name files that are not in"),
         ({"file_name": "a\0.jpg", "text": "a"}, "name files that are not in"),

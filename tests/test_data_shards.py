@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
 import tarfile
 import time
 import warnings
@@ -103,6 +104,16 @@ def test_shards_by_folder_pattern_and_braces(tmp_path: Path) -> None:
     one = open_dataset(str(tmp_path / "s-08.tar"), 8).get(0, ANY)
     assert one.image[:, 4, 4].tolist() == [1, -1, -1]
     assert one.key == "s-08.tar:d/1"
+
+
+def test_two_stars_stand_for_folders_of_any_depth(tmp_path: Path) -> None:
+    """They stood for one folder: what lay higher or deeper was passed over in silence."""
+    for number, folder in enumerate((tmp_path, tmp_path / "a", tmp_path / "a" / "b")):
+        folder.mkdir(exist_ok=True)
+        write(folder / "s.tar", samples(number, 1))
+    dataset = open_dataset(f"{tmp_path}/**/*.tar", 8)
+    keys = [dataset.get(index, ANY).key for index in range(len(dataset))]
+    assert keys == ["a/b/s.tar:0002", "a/s.tar:0001", "s.tar:0000"]
 
 
 FUZZ = settings(
@@ -327,6 +338,23 @@ def test_samples_without_a_part_are_left_out(tmp_path: Path) -> None:
         open_dataset(str(path), 8)
 
 
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+@pytest.mark.parametrize("place", [0, 30, 59])
+def test_a_sparse_member_costs_its_sample_alone(tmp_path: Path, form: str, place: int) -> None:
+    """Its size without holes isn't the stored one: the whole shard was called damaged."""
+    for name, data in samples(0, 60).items():
+        (tmp_path / name).write_bytes(data)
+    with (tmp_path / f"{place:04}.png").open("r+b") as file:
+        file.truncate(2**20)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    made = ["tar", "-cSf", "s.tar", f"--format={form}", *names]
+    if subprocess.run(made, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("tar is not GNU's")
+    with pytest.warns(UserWarning, match=rf"1 samples lack a JPEG.*s\.tar:{place:04}"):
+        dataset = open_dataset(str(tmp_path / "s.tar"), 9)
+    assert captions(dataset) == [f"number {n}" for n in range(60) if n != place]
+
+
 def soiled(root: Path) -> Dataset:
     """400 samples, one of each of five kinds bad, and two of the same kind."""
     paths = many(root, 40)
@@ -367,6 +395,18 @@ def test_bad_samples_are_reported_once_a_kind_and_replaced(tmp_path: Path) -> No
         warnings.simplefilter("ignore")
         backwards = [again.get(number, ANY).caption for number in reversed(range(400))]
     assert backwards[::-1] == found  # whoever asks, and whenever
+
+
+@pytest.mark.parametrize("bad", ["1" + "0" * 400, "[" * 600 + "]" * 600])
+def test_what_in_a_json_is_no_caption_does_not_end_training(tmp_path: Path, bad: str) -> None:
+    """Integers that no float holds, and deep lists, were tracebacks."""
+    members = {}
+    for n in range(30):
+        caption = bad if n == 7 else f'"number {n}"'
+        members |= {f"{n}.png": encode(n), f"{n}.json": f'{{"caption": {caption}}}'.encode()}
+    dataset = open_dataset(str(write(tmp_path / "a.tar", members)), 9)
+    with pytest.warns(UserWarning, match="a.tar:7 has an empty caption"):
+        assert dataset.get(7, ANY).caption.startswith("number ")
 
 
 def test_too_many_bad_samples_stop_with_the_shards_they_are_in(tmp_path: Path) -> None:

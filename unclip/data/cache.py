@@ -115,7 +115,9 @@ class EmbeddingCache:
         """Row `index` with its one caption; the generator is not drawn from."""
         z = self.embedding(index)
         if not (caption := clean(self._metadata.caption(index))):
-            raise DataError(f"{self.place(index)}: row {index} of all has no caption", "no caption")
+            raise DataError(
+                f"{self.place(index)}: row {index} of all has no caption in UTF-8", "no caption"
+            )
         return Sample(None, caption, self.key(index), z)
 
     def embedding(self, index: int) -> Tensor:
@@ -257,9 +259,17 @@ def _spellings(key: str, root: Path) -> Iterator[str]:
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """Files by the number that ends their name."""
-    found = {path: re.search(r"(\d+)$", path.stem) for path in folder.glob(f"*{suffix}")}
-    return {int(match[1]): path for path, match in found.items() if match}
+    """Files by the number that ends their name. **Raises**: `DataError` if two have the same."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"*{suffix}")):
+        if match := re.search(r"(\d+)$", path.stem):
+            other = found.setdefault(int(match[1]), path)
+            if other != path:
+                raise DataError(
+                    f"{other} and {path.name} have the same number, by which embeddings find their "
+                    "captions; keep the files of one run"
+                )
+    return found
 
 
 @dataclass(frozen=True)

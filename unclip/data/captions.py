@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ MARKS = {  # the longer ones first: UTF-16's begins UTF-32's
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 HALF = re.compile(r"[\ud800-\udfff]")
 ESCAPED = re.compile(r"[\udc80-\udcff]")
+LARGEST = sys.float_info.max  # of numbers that are captions
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,19 @@ def captions_of(row: Mapping[str, Any], column: str | None, name: object) -> lis
 
 
 def _all(value: Any, name: object) -> list[str]:
-    if isinstance(value, list | tuple):
-        return [caption for one in value for caption in _all(one, name)]
-    if isinstance(value, bytes):
-        value = check_text(decode(value), name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
-    return [caption] if isinstance(value, str) and (caption := clean(value)) else []
+    found, left = [], [value]
+    while left:  # lists in lists may be deeper than calls
+        one = left.pop()
+        if isinstance(one, list | tuple):
+            left += reversed(one)
+            continue
+        if isinstance(one, bytes):
+            one = check_text(decode(one), name)
+        if isinstance(one, int | float) and not isinstance(one, bool) and abs(one) <= LARGEST:
+            one = str(one)
+        if isinstance(one, str) and (caption := clean(one)):
+            found.append(caption)
+    return found
 
 
 def draw(captions: Sequence[str], generator: torch.Generator) -> str:

@@ -6,16 +6,19 @@ read by its number; it runs no code of theirs. Pictures are decoded here, as tho
 
 from __future__ import annotations
 
+import glob
 import io
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 
 from unclip.data.captions import KEYS, USUAL, Columns, captions_of, draw
 from unclip.data.sample import Sample
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError, DataError, check_open_files
 from unclip.images import Fit
 from unclip.progress import without_bars
 
@@ -38,9 +41,10 @@ class Rows:
                 f"data {name} has the columns {', '.join(names)}; expected captions in one of "
                 f"{columns.caption or ', '.join(KEYS)}: name their column as data.caption"
             )
-        kinds = {c: table.features[c] for c in captions}
+        kinds = {c: _one_of(table.features[c]) for c in captions}
         self._classes = {c: kind.names for c, kind in kinds.items() if hasattr(kind, "names")}
         self._picture = _picture_column(name, table.features.arrow_schema, columns.image)
+        self._of_files = _of_files(table, self._picture)
         wanted = list(dict.fromkeys([self._picture, *captions]))
         self._table = _undecoded(table, self._picture).select_columns(wanted)
 
@@ -61,9 +65,12 @@ class Rows:
         except (OSError, ValueError) as error:
             raise DataError(f"{label} can't be read: {error}", "unreadable") from None
         for column, names in self._classes.items():  # numbers that stand for words
-            row[column] = None if row[column] is None else names[row[column]]
+            row[column] = _words(row[column], names)
         data = row[self._picture]
-        data = data.get("bytes") if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            path, data = data.get("path"), data.get("bytes")
+            if data is None and path and self._of_files:
+                data = _read(path, label)
         if not data:
             raise DataError(f"{label} has no picture", "no picture")
         captions = captions_of(row, self.columns.caption, label)
@@ -89,7 +96,7 @@ def open_parquet(spec: str, paths: Sequence[Path], fit: Fit, columns: Columns = 
 
     **Raises**: `DataError` when they aren't whole, or hold no pictures or captions.
     """
-    files = [str(path) for path in paths]
+    files = [glob.escape(str(path)) for path in paths]  # datasets takes names for patterns
     options = {"data_files": files, "split": "train"}
     table = _load(spec, lambda load: load("parquet", **options))
     return Rows(spec, table, fit, columns)
@@ -136,6 +143,42 @@ def _is_picture(field: Any) -> bool:
     if hasattr(kind, "get_field_index") and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return str(kind) in ("binary", "large_binary")
+
+
+def _of_files(table: Any, column: str) -> bool:
+    """Whether paths in the column are those of files that datasets itself has found: any other
+    table may name any file."""
+    import datasets
+
+    found = table.info.builder_name == "imagefolder"
+    return found and isinstance(table.features[column], datasets.Image)
+
+
+def _read(path: str, label: str) -> bytes:
+    """A picture's file, or one in an archive (`zip://a.png::/b.zip`)."""
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            data: bytes = file.read()
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        check_open_files(error)
+        raise DataError(f"{label}, {path}, can't be read: {error}", "unreadable") from None
+    return data
+
+
+def _one_of(kind: Any) -> Any:
+    """What a list is of, however deep; anything else as it is."""
+    while hasattr(kind, "feature"):
+        kind = kind.feature
+    return kind
+
+
+def _words(value: Any, names: Sequence[str]) -> Any:
+    """The names of classes for their numbers; -1 says that there is none."""
+    if isinstance(value, list):
+        return [_words(one, names) for one in value]
+    return names[value] if value is not None and 0 <= value < len(names) else None
 
 
 def _undecoded(table: Any, column: str) -> Any:

@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from unclip.data.captions import hash_of
+from unclip.data.captions import hash_of, printable
 from unclip.data.kept import kept_at, made_once
 from unclip.data.tables import arrow
 from unclip.errors import DataError, check_open_files
 from unclip.files.disk import sync
 
 KEY_COLUMNS, CAPTION_COLUMNS = ("key", "image_path", "url"), ("caption", "text", "TEXT")
-FORMAT, ROWS = "1", 2**16  # rows at a time
+FORMAT, ROWS = "2", 2**16  # rows at a time
 
 
 class Metadata:
     """Keys and captions by row, over all tables; `counts` says how many rows each table has.
 
-    **Raises**: `DataError` naming the table that is damaged or lacks a column.
+    **Raises**: `DataError` naming the table that is damaged, lacks a column or has no text in it.
     """
 
     def __init__(self, tables: Sequence[Path]) -> None:
@@ -110,8 +110,39 @@ def _convert(tables: Sequence[Path], sink: Any) -> None:
     with pa.ipc.new_file(sink, schema) as writer:
         for table in tables:
             for keys, captions in _parts(table):
-                columns = [keys.cast(pa.string()), captions.cast(pa.string())]
+                columns = [_strings(table, "keys", keys), _strings(table, "captions", captions)]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _strings(path: Path, what: str, values: Any) -> Any:
+    """As text: a caption that isn't UTF-8 is none, a key has such bytes written out.
+
+    **Raises**: `DataError` when they are of a type that has no text.
+    """
+    pa, _ = arrow()
+    try:
+        text = values.cast(pa.string())
+        text.validate(full=True)
+    except pa.ArrowNotImplementedError:
+        raise DataError(
+            f"{path} has {what} of type {values.type}; expected one text each"
+        ) from None
+    except pa.ArrowInvalid:
+        form = _key if what == "keys" else _caption
+        rows = values.cast(pa.binary()).to_pylist()
+        return pa.array([None if row is None else form(row) for row in rows], pa.string())
+    return text
+
+
+def _key(data: bytes) -> str:
+    return printable(data.decode("utf-8", "surrogateescape"))
+
+
+def _caption(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _parts(path: Path) -> Iterator[tuple[Any, Any]]:

@@ -126,7 +126,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Files that match; one of several that a brace names must exist."""
+    """Files that match, `**` any folders; one of several that a brace names must exist."""
     if glob.has_magic(pattern):
-        return sorted(glob.glob(pattern))
+        return sorted(glob.glob(pattern, recursive=True))
     return [pattern] if os.path.isfile(pattern) else []

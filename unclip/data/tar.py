@@ -23,7 +23,7 @@ from unclip.images import SUFFIXES
 
 BLOCK = 512  # of a tar file
 CHUNK = 2**20
-FORMAT = 2
+FORMAT = 3
 TEXTS = (".txt", ".json")
 # Offsets and lengths in bytes, `header` that of the headers before the image; `hash_of` the key;
 # `form` and `text_form` are places in SUFFIXES and TEXTS.
@@ -73,10 +73,9 @@ def index_shard(shard: Path, texts: Sequence[str] = TEXTS) -> ShardIndex:
     try:
         with tarfile.open(shard, "r:", encoding="utf-8") as tar:
             for member in tar:
-                after = member.offset_data + -(-member.size // BLOCK) * BLOCK * member.isreg()
-                if after <= end:
+                if tar.offset <= end:  # where the next begins: a sparse one's size is another
                     raise tarfile.ReadError("a member of negative size")
-                end = after
+                end = tar.offset
                 _enter(samples, member, size, texts)
     # besides TarError, what tarfile raises on headers that are no numbers or names
     except (OSError, tarfile.TarError, ValueError, IndexError, OverflowError) as error:
