@@ -273,7 +273,7 @@ def _encoder(
         bpe = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=context)
     except Exception as error:  # a vocabulary that is cut short is a bare one
         raise CheckpointError(f"no CLIP tokenizer in {tokenizer}: {_told(error)}") from None
-    if len(bpe) < config.vocab_size:  # where its files are missing it is an empty one
+    if 2 * len(bpe) < config.vocab_size:  # empty where files are missing; tables may be padded
         raise CheckpointError(
             f"no CLIP tokenizer in {tokenizer}: it has {len(bpe)} tokens, the encoder "
             f"{config.vocab_size}; expected the encoder's vocab.json and merges.txt, or its "

@@ -151,9 +151,10 @@ class Shards:
         if form == ".txt":
             captions = read_captions(data, label + form)
         else:
+            text = check_text(decode(data), label + form)
             try:
-                row = json.loads(check_text(decode(data), label + form))
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:  # also for numbers of 5,000 digits
                 raise DataError(f"{label}.json is not JSON: {error}", "no JSON") from None
             named = isinstance(row, dict)
             captions = captions_of(row, self.columns.caption, label) if named else []
