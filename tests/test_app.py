@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +18,7 @@ from PIL import Image
 
 from unclip.app import verbs
 from unclip.app.forms import TABS
-from unclip.app.page import form_of, page
+from unclip.app.page import _said, form_of, page
 from unclip.app.studio import Look, Made, Studio, models_near
 from unclip.cli.output import encoded, read_about
 from unclip.errors import CheckpointError, ConfigError, DataError
@@ -181,6 +184,33 @@ def test_a_call_that_is_closed_stops_and_the_next_one_runs(studio: Studio) -> No
         assert isinstance(next(call), Look)
     assert len(drawn(studio, verbs.TEXT, **given)) == 1  # waits for the lock of the first
     assert len(set(studio.out.iterdir()) - before) == 1
+
+
+def test_a_call_that_names_another_model_has_one_in_memory(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "other")
+    two = Studio(tmp_path / "out", torch.device("cpu"), torch.float32)
+    before, gone = weakref.ref(two.open(str(model_folder)).pipe), []
+    plain = UnCLIP.from_pretrained
+
+    def read(*arguments: Any, **more: Any) -> UnCLIP:
+        gc.collect()
+        gone.append(before() is None)
+        return plain(*arguments, **more)
+
+    monkeypatch.setattr(UnCLIP, "from_pretrained", read)
+    options = verbs.TEXT.options(size=16, steps=1)
+    given = {"caption": "a red apple", "n": 1}
+    assert [*two.draw(verbs.TEXT, str(tmp_path / "other"), 0, options, given)]
+    assert gone == [True]
+
+
+def test_what_a_png_says_and_no_field_shows_is_told(studio: Studio) -> None:
+    settings = {"verb": "text", "interval": [0.2, 0.8], "candidates": 1, "prior": "ar"}
+    told = _said({"seed": 3, "settings": settings}, studio)
+    assert "Its interval was `[0.2, 0.8]`" in told and "Its prior was `ar`" in told
+    assert "candidates" not in told and "tile" not in told
 
 
 def test_an_unknown_model_is_said_to_be_so(studio: Studio) -> None:

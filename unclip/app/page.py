@@ -303,6 +303,9 @@ def _said(about: dict[str, Any], studio: Studio) -> str:
     for name in ("steps", "guidance", "sampler"):
         if isinstance(settings.get(name), dict):
             lines.append(f"Its {name} differed by stage: `{settings[name]}`.")
+    for name in ("interval", "candidates", "prior", "prior_candidates", "tile"):
+        if settings.get(name) not in (None, 1):
+            lines.append(f"Its {name} was `{settings[name]}`, for which there is no field here.")
     return "\n\n".join(lines)
 
 

@@ -138,10 +138,11 @@ class Studio:
             try:
                 with self._one, warnings_to(events.put):
                     watch.check()
-                    model = self.model
-                    if model is None or model.name != name:
-                        model = self._open(name)
-                    for made in self._pictures(model, verb, seed, options, given, watch):
+                    # No name of ours holds the one before while another is read.
+                    if self.model is None or self.model.name != name:
+                        self._open(name)
+                    assert self.model is not None
+                    for made in self._pictures(self.model, verb, seed, options, given, watch):
                         events.put(made)
             except Stopped:
                 pass
