@@ -213,6 +213,23 @@ def test_what_a_png_says_and_no_field_shows_is_told(studio: Studio) -> None:
     assert "candidates" not in told and "tile" not in told
 
 
+@pytest.mark.parametrize(
+    ("given", "eta", "told"),
+    [
+        ({"invert": True}, None, True),  # at 1 the form does not invert
+        ({"invert": True}, 0.0, False),
+        ({"invert": False}, 0.3, True),
+        ({"invert": False}, 1.0, False),
+        ({"invert": True, "change": 0.3}, 0.3, False),
+    ],
+)
+def test_variations_that_the_form_can_not_make_are_told(
+    studio: Studio, given: dict[str, Any], eta: float | None, told: bool
+) -> None:
+    settings = {"verb": "vary", "given": given, "eta": eta}
+    assert ("which no field here says" in _said({"seed": 3, "settings": settings}, studio)) == told
+
+
 def test_an_unknown_model_is_said_to_be_so(studio: Studio) -> None:
     with pytest.raises(CheckpointError, match="no model"):
         studio.open("/nowhere/at-all")

@@ -714,6 +714,15 @@ def test_what_is_wrong_with_a_file_of_prompts_is_named(run, tmp_path, name, text
     assert got == code and message in err, err
 
 
+def test_what_no_line_of_prompts_can_have_is_said_before_the_first_is_drawn(run, tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,negative\na red apple,\na square,a circle\n")
+    asked = ("--size", 16, "--guidance", 1, "--out", tmp_path / "o")
+    code, _, err = run("text", "--prompts", file, *asked)
+    assert code == 2 and "00001-a-square-1: negative_prompt = 'a circle' has no effect" in err
+    assert not [*(tmp_path / "o").glob("*.png")]
+
+
 @pytest.mark.parametrize("name", ["batch.png", "batch.bmp"])
 def test_a_file_of_prompts_makes_no_folder_named_as_a_picture(run, tmp_path, name):
     (tmp_path / "p.txt").write_text("a red apple\n")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,29 +99,29 @@ def redraw(
     x_T: Tensor,
     seed: int | Sequence[int] | None = 0,
     **options: Any,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Pictures of pairs, the way back of `invert`: by DDIM in 50 steps, without guidance.
 
     `eta` above 0 leaves x_T behind, up to variations at 1. `seed`, or each picture's own, is for
     that and the upsamplers. **Shapes**: (B, D), (B, 3, R, R).
     """
-    return list(exact(pipe).iterate(seed=seed, z_image=z_image, x_T=x_T, **options))
+    return exact(pipe).iterate(seed=seed, z_image=z_image, x_T=x_T, **options)
 
 
 def vary(
     pipe: Stack, image: Picture | Sequence[Picture], n: int, seed: int | None, **options: Any
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """n variations from each picture's own x_T: at eta 0 they are `reconstruct` (Section 3.1)."""
     n = as_number("n", n, 1)
     z_image, x_T = pair(pipe, image, options)
     x_T, own = x_T.repeat_interleave(n, 0), exact(pipe)
     opts = own.varied(Options.of(options))
-    return list(own.iterate(None, n, seed, z_image=z_image, x_T=x_T, options=opts))
+    return own.iterate(None, n, seed, z_image=z_image, x_T=x_T, options=opts)
 
 
 def reconstruct(pipe: Stack, image: Picture, seed: int | None = 0, **options: Any) -> Image.Image:
     """A picture from its own z_image and x_T: what a pair can say of it."""
-    return redraw(pipe, *pair(pipe, as_picture(image), options), seed, **options)[0]
+    return next(redraw(pipe, *pair(pipe, as_picture(image), options), seed, **options))
 
 
 def interpolate(
@@ -132,7 +132,7 @@ def interpolate(
     fixed_noise: bool = False,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Pictures between pictures: z_image on the great circle, x_T too, or fixed (Section 3.2).
 
     So many frames from each picture to the next, both included; at the ends it is `reconstruct`.
@@ -173,7 +173,7 @@ def text_diff(
     strength: float | Sequence[float] = 0.35,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """A picture turned towards what the target caption adds to the source's (Section 3.3).
 
     z_image goes the share `strength` of the way to the difference of the two captions' embeddings,
@@ -197,7 +197,7 @@ def mix(
     n: int = 1,
     seed: int | None = 0,
     **options: Any,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Pictures of several pictures, texts and embeddings as one: the spherical mean of them.
 
     A string is a text and counts as what the prior makes of it; a picture's file is a `Path`. A
@@ -224,7 +224,7 @@ def mix(
     weights = [1.0] * len(rows) if weights is None else weights
     z_image = sphere.mix(torch.stack(rows), weights)[None]
     opts = pipe.varied(opts.of_pictures() if texts else opts)
-    return list(pipe.iterate(n=n, seed=seeds[0], z_image=z_image, options=opts))
+    return pipe.iterate(n=n, seed=seeds[0], z_image=z_image, options=opts)
 
 
 def inpaint(
@@ -238,7 +238,7 @@ def inpaint(
     *,
     repeats: int = 1,
     **options: Any,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Pictures in which what is white in the mask is drawn anew, and the rest kept to the bit.
 
     Without a mask all of it is, and a `strength` below 1 starts from the picture with so much of
@@ -261,8 +261,7 @@ def inpaint(
         x_T = decoder.diffusion.q_sample(x_0, times, noise(pipe, seeds))
     z_image = pipe.encode_image(picture) if prompt is None else None
     start = Start(x_T, levels, kept, repeats)
-    drawn = ddim.iterate(prompt, n, seeds[0], z_image=z_image, x_T=start, options=opts)
-    return list(drawn)
+    return ddim.iterate(prompt, n, seeds[0], z_image=z_image, x_T=start, options=opts)
 
 
 def _kept(picture: Image.Image, mask: Picture, side: int) -> Kept:

@@ -15,7 +15,6 @@ from unclip.files.find import hub_errors, resolve_folder, why
 from unclip.files.folder import (
     CONFIG,
     INDEX,
-    ORDER,
     WEIGHTS,
     WEIGHTS_LAST,
     read_index,
@@ -29,7 +28,6 @@ from unclip.text import markdown_table
 
 CARD = "README.md"
 OURS = (CONFIG, WEIGHTS, WEIGHTS_LAST)  # of a stage's folder
-IN_STAGES = re.compile(rf"({'|'.join(ORDER)})(_\d+)?/({'|'.join(map(re.escape, OURS))})")
 
 
 def push(
@@ -45,10 +43,10 @@ def push(
     """Send a model folder, a run's newest checkpoint or a LoRA to the hub, in one commit.
 
     `repo` is `owner/name`, which is made if it is not there; `revision` a branch, likewise. Stages
-    and index are sent, what resuming needs is not; files of stages that an earlier push left there
-    and the new index does not mean are deleted. A folder's own `README.md` is its card; otherwise
-    `card` writes one. Without `token` the hub's own settings count (HF_TOKEN). Returns where it
-    lies.
+    and index are sent, what resuming needs is not. Of a stage that is sent, what an earlier push
+    left there and this one lacks is deleted; other stages stay, outside of the index. A folder's
+    own `README.md` is its card; otherwise `card` writes one. Without `token` the hub's own settings
+    count (HF_TOKEN). Returns where it lies.
 
     **Raises**: `CheckpointError` for what is no model folder, `ConfigError` if the hub takes
     nothing.
@@ -74,12 +72,13 @@ def push(
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision))
-        stale = [path for path in sorted(there - set(sent)) if IN_STAGES.fullmatch(path)]
+        ours = {f"{stage}/{file}" for stage in stages for file in OURS} if INDEX in there else set()
+        stale = sorted((there & ours) - set(sent))
         done = api.create_commit(
             repo,
             [
                 *(CommitOperationAdd(path, content) for path, content in sent.items()),
-                *map(CommitOperationDelete, stale if INDEX in there else []),
+                *map(CommitOperationDelete, stale),
             ],
             commit_message=f"{', '.join(stages)}, by unclip",
             revision=revision,

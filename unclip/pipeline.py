@@ -5,9 +5,10 @@ B pictures, D CLIP embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from PIL import Image
@@ -22,6 +23,17 @@ from unclip.precision import default_dtype
 from unclip.sources import Source
 from unclip.stack import Stack
 from unclip.stages.lora import read_loras
+
+P = ParamSpec("P")
+
+
+def _listed(draw: Callable[P, Iterator[Image.Image]]) -> Callable[P, list[Image.Image]]:
+    @wraps(draw)
+    def drawn(*arguments: P.args, **named: P.kwargs) -> list[Image.Image]:
+        return list(draw(*arguments, **named))
+
+    drawn.__annotations__ = {**draw.__annotations__, "return": "list[Image.Image]"}
+    return drawn
 
 
 class UnCLIP(Stack):
@@ -134,10 +146,11 @@ class UnCLIP(Stack):
         `inverted`: from its x_T as well, and the less like it the larger `eta`; 0 `reconstruct`s.
         """
         if inverted:
-            return edit.vary(self, image, n, seed, **options)
+            return list(edit.vary(self, image, n, seed, **options))
         return list(self.iterate(n=n, seed=seed, image=as_pictures(image), **options))
 
     # Section 3: pictures as pairs (z_image, x_T), and parts of pictures.
-    invert, noise, redraw = edit.invert, edit.noise, edit.redraw
-    reconstruct, interpolate, text_diff = edit.reconstruct, edit.interpolate, edit.text_diff
-    mix, inpaint = edit.mix, edit.inpaint
+    # Those of `edit` give pictures as they are ready, these a list.
+    invert, noise, reconstruct = edit.invert, edit.noise, edit.reconstruct
+    redraw, interpolate = _listed(edit.redraw), _listed(edit.interpolate)
+    text_diff, mix, inpaint = _listed(edit.text_diff), _listed(edit.mix), _listed(edit.inpaint)

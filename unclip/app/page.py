@@ -303,9 +303,18 @@ def _said(about: dict[str, Any], studio: Studio) -> str:
     for name in ("steps", "guidance", "sampler"):
         if isinstance(settings.get(name), dict):
             lines.append(f"Its {name} differed by stage: `{settings[name]}`.")
+    usual = {"prior_candidates": 1 if model is None else model.pipe.prior_candidates}
     for name in ("interval", "candidates", "prior", "prior_candidates", "tile"):
-        if settings.get(name) not in (None, 1):
+        if settings.get(name) not in (None, usual.get(name, 1)):
             lines.append(f"Its {name} was `{settings[name]}`, for which there is no field here.")
+    if settings.get("verb") == "vary":
+        inverted, eta = settings.get("given", {}).get("invert", False), settings.get("eta")
+        eta = 1 if eta is None else eta
+        if inverted == (eta == 1) and "change" not in settings.get("given", {}):
+            own = "its own" if inverted else "other"
+            lines.append(
+                f"It was drawn from {own} noise with eta `{eta}`, which no field here says."
+            )
     return "\n\n".join(lines)
 
 

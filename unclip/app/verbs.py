@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unclip import edit as edits
 from unclip.app.studio import NO_PICTURE, Verb, bounded, of_a_size, uploaded
 from unclip.cli.arguments import numbers
-from unclip.edit import anew, exact
 from unclip.errors import DataError
 from unclip.images import to_rgb
 from unclip.options import Options
@@ -32,7 +32,7 @@ def vary(
     """Variations of a picture; below a change of 1 they start from its own noise."""
     given, count = uploaded(picture), bounded("n", n)
     if change < 1:
-        return pipe.variations(given, count, seed, inverted=True, options=options)
+        return edits.vary(pipe, given, count, seed, options=options)
     return pipe.iterate(None, count, seed, image=given, options=options)
 
 
@@ -55,7 +55,8 @@ def mix(
     if caption.strip():
         parts.append((caption, caption_weight))
     weights = [weight for _, weight in parts]
-    return pipe.mix([x for x, _ in parts], weights, bounded("n", n), seed, options=options)
+    mixed_of = [x for x, _ in parts]
+    return edits.mix(pipe, mixed_of, weights, bounded("n", n), seed, options=options)
 
 
 def interpolate(
@@ -71,7 +72,7 @@ def interpolate(
     """Frames from one picture to the other."""
     ends, count = [uploaded(first), uploaded(second)], bounded("frames", frames)
     given: dict[str, Any] = {"fixed_noise": fixed_noise, "seed": seed, "options": options}
-    return pipe.interpolate(ends, count, **given)
+    return edits.interpolate(pipe, ends, count, **given)
 
 
 def edit(
@@ -87,7 +88,7 @@ def edit(
     """A picture turned from one caption towards another, once for each strength."""
     turns, given = numbers("strength", strength), uploaded(picture)
     bounded("n", len(turns))
-    return pipe.text_diff(given, caption, source, turns, seed, options=options)
+    return edits.text_diff(pipe, given, caption, source, turns, seed, options=options)
 
 
 def inpaint(
@@ -104,9 +105,8 @@ def inpaint(
     """A picture whose painted part is drawn anew; where nothing is painted, all of it."""
     picture, mask = unpainted(painted)
     given: dict[str, Any] = {"repeats": bounded("repeats", repeats), "options": options}
-    return pipe.inpaint(
-        picture, mask, caption.strip() or None, strength, bounded("n", n), seed, **given
-    )
+    how = caption.strip() or None, strength, bounded("n", n), seed
+    return edits.inpaint(pipe, picture, mask, *how, **given)
 
 
 def upscale(pipe: UnCLIP, seed: int, options: Options, *, picture: Path | None) -> Pictures:
@@ -131,7 +131,7 @@ def unpainted(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image 
 def varied(pipe: UnCLIP, options: Options, change: float) -> tuple[UnCLIP, Options]:
     """What draws variations: below a change of 1, from inverted noise with so much fresh noise."""
     if change < 1:
-        return exact(pipe), replace(options, eta=change)
+        return edits.exact(pipe), replace(options, eta=change)
     return pipe, pipe.varied(options)
 
 
@@ -164,21 +164,21 @@ MIX = Verb(
 INTERPOLATE = Verb(
     "interpolate",
     interpolate,
-    drawn_by=lambda pipe, options, given: (exact(pipe), options),
+    drawn_by=lambda pipe, options, given: (edits.exact(pipe), options),
     own=lambda given, k: {"place": k},
     one_seed=True,
 )
 EDIT = Verb(
     "edit",
     edit,
-    drawn_by=lambda pipe, options, given: (exact(pipe), options),
+    drawn_by=lambda pipe, options, given: (edits.exact(pipe), options),
     own=lambda given, k: {"strength": numbers("strength", given["strength"])[k]},
     one_seed=True,
 )
 INPAINT = Verb(
     "inpaint",
     inpaint,
-    drawn_by=lambda pipe, options, given: (anew(pipe, given["strength"]), options),
+    drawn_by=lambda pipe, options, given: (edits.anew(pipe, given["strength"]), options),
     own=lambda given, k: painted_over(given),
 )
 UPSCALE = Verb("upscale", upscale, meant_for="upsampler", one_seed=True)

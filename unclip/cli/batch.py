@@ -10,6 +10,7 @@ import io
 import json
 import re
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -242,6 +243,13 @@ def draw(
         if (was.get("text"), was.get("negative")) != (picture.prompt, picture.negative):
             raise ConfigError(f"{picture.key} is there, of another prompt; choose another --out")
     todo = [picture for picture in wanted if picture.key not in place.there]
+    for negative, picture in {picture.negative: picture for picture in todo}.items():
+        try:  # all that is wrong is said before the first is drawn
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come when it is drawn
+                pipe.iterate(picture.prompt, options=replace(options, negative_prompt=negative))
+        except ConfigError as error:
+            raise ConfigError(f"{picture.key}: {error}") from None
     for negative, group in groupby(todo, lambda picture: picture.negative):
         some = list(group)
         images: Iterator[Image.Image] = pipe.iterate(

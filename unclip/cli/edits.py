@@ -4,6 +4,7 @@ inpaint, redraw."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,20 +54,23 @@ def interpolate(
     webp: Annotated[bool, typer.Option("--webp", help="Also an animated WebP.")] = False,
 ) -> None:
     """Go from picture to picture; the ends are their reconstructions."""
-    from unclip.edit import exact
+    from unclip import edit as edits
     from unclip.images import load_image
 
     pictures, count = [load_image(path) for path in images], (len(images) - 1) * (frames - 1) + 1
     source = ", ".join(path.name for path in images)
     given: dict[str, Any] = {"frames": frames, "fixed_noise": fixed_noise}
-    making = Making("interpolate", asked, count, source=source, drawn_by=exact, given=given)
-    between = making.pipe.interpolate(pictures, **given, seed=asked.seed, options=making.options)
+    by: dict[str, Any] = {"drawn_by": edits.exact, "given": given}
+    making = Making("interpolate", asked, count, source=source, **by)
+    how = {**given, "seed": asked.seed, "options": making.options}
+    between, again = tee(edits.interpolate(making.pipe, pictures, **how))
     title = " to ".join(path.stem for path in images)
     names = [f"{title} {k:03}" for k in range(count)]
     places = [{"place": k} for k in range(count)]
     making.save(between, names, title=title, columns=frames, one_seed=True, own=places)
+    moving = [*again]
     for suffix in [name for name, wanted in ((".gif", gif), (".webp", webp)) if wanted]:
-        making.writer.animation(between, title, suffix)
+        making.writer.animation(moving, title, suffix)
 
 
 def edit(
@@ -79,14 +83,15 @@ def edit(
     ] = "0.35",
 ) -> None:
     """Turn a picture towards what one caption adds to another (text diff)."""
-    from unclip.edit import exact
+    from unclip import edit as edits
     from unclip.images import load_image
 
     strengths, given = numbers("--strength", strength), {"source": source}
     picture = load_image(image)
-    making = Making("edit", asked, len(strengths), source=image.name, drawn_by=exact, given=given)
-    turned = making.pipe.text_diff(
-        picture, target, source, strengths, asked.seed, options=making.options
+    by: dict[str, Any] = {"drawn_by": edits.exact, "given": given}
+    making = Making("edit", asked, len(strengths), source=image.name, **by)
+    turned = edits.text_diff(
+        making.pipe, picture, target, source, strengths, asked.seed, options=making.options
     )
     names, title = [f"{image.stem} {target} {s:g}" for s in strengths], f"{image.stem} {target}"
     making.save(
@@ -113,6 +118,7 @@ def mix(
     prior: Prior = None,
 ) -> None:
     """Make pictures of the mean of pictures and texts in CLIP's space."""
+    from unclip import edit as edits
     from unclip.images import load_image
 
     named = [weighed(part) for part in image or ()]
@@ -125,7 +131,7 @@ def mix(
     more: dict[str, Any] = {"given": given, "negative_prompt": negative, "prior": prior}
     making = Making("mix", asked, n, source=source, **more)
     making.options = making.pipe.varied(making.options)
-    mixed = making.pipe.mix(parts, weights, n, asked.seed, options=making.options)
+    mixed = edits.mix(making.pipe, parts, weights, n, asked.seed, options=making.options)
     places = [{"place": k} for k in range(n)]  # texts are embedded by the first's seed
     prompt = ", ".join(words for words, _ in said)
     making.save(mixed, [f"{title} mix"] * n, prompts=[prompt] * n, own=places)
@@ -172,15 +178,15 @@ def _anew(
     repeats: int = 1,
     **more: Any,
 ) -> None:
-    from unclip.edit import anew
+    from unclip import edit as edits
     from unclip.images import load_image
 
     picture, shape = load_image(image), None if mask is None else load_image(mask)
     given = {"mask": mask and mask.name, "strength": strength, "repeats": repeats}
     more["given"] = {**given, "as_it_is": prompt is None}
     verb, done = ("redraw", "redrawn") if mask is None else ("inpaint", "inpainted")
-    by = partial(anew, strength=strength)
+    by = partial(edits.anew, strength=strength)
     making = Making(verb, asked, n, source=image.name, drawn_by=by, **more)
     how: dict[str, Any] = {"repeats": repeats, "options": making.options}
-    drawn = making.pipe.inpaint(picture, shape, prompt, strength, n, asked.seed, **how)
+    drawn = edits.inpaint(making.pipe, picture, shape, prompt, strength, n, asked.seed, **how)
     making.save(drawn, [f"{image.stem} {prompt or done}"] * n, prompts=[prompt or ""] * n)

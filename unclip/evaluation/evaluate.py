@@ -139,7 +139,8 @@ def _likeness(
         line["same"], line["same5"] = same
     distribution = real[others][:DISTRIBUTION]
     line["realistic"] = measures.realistic(x, distribution)
-    line["kernel"] = measures.kernel_distance(x, distribution, together=group.together)
+    if len(x) > group.together:
+        line["kernel"] = measures.kernel_distance(x, distribution, together=group.together)
     line["frechet"] = measures.frechet_distance(x, distribution)
     as_many = distribution[: max(len(x), measures.DENSITY_NEIGHBOURS + 1)]
     line["density"], line["coverage"] = measures.density_coverage(x, as_many)

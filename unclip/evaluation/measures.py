@@ -99,7 +99,7 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool = False, together: int = 
     rows, one made for the other, don't meet: they are no independent draws. Nor are so many rows of
     x that stand `together`, of one caption each: they are alike whatever they are alike to.
 
-    **Shapes**: x (N, F), y (M, F), two rows or more each.
+    **Shapes**: x (N, F), y (M, F), two rows or more each, of x two captions'.
     **Source**: Bińkowski et al. 2018, "Demystifying MMD GANs", eq. 3 and 4.
     """
     x, y = (F.normalize(a.float(), dim=1) for a in (x, y))

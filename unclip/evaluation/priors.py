@@ -161,10 +161,11 @@ def likeness(setting: Setting, eye: str, images: list[Image.Image], seeds: int) 
     ones = [x[seed::seeds] for seed in range(seeds)]
     found = {
         "frechet": mean(measures.frechet_distance(one, real) for one in ones),
-        "kernel": measures.kernel_distance(x, real, together=seeds),
         "precision": mean(measures.realistic(one, real) for one in ones),
         "recall": mean(measures.realistic(real, one) for one in ones),
     }
+    if len(x) > seeds:
+        found["kernel"] = measures.kernel_distance(x, real, together=seeds)
     if seeds > 1:
         found["variety"] = mean(measures.variety(part) for part in x.split(seeds))
     return found
