@@ -719,7 +719,10 @@ def test_what_no_line_of_prompts_can_have_is_said_before_the_first_is_drawn(run,
     file.write_text("prompt,negative\na red apple,\na square,a circle\n")
     asked = ("--size", 16, "--guidance", 1, "--out", tmp_path / "o")
     code, _, err = run("text", "--prompts", file, *asked)
-    assert code == 2 and "00001-a-square-1: negative_prompt = 'a circle' has no effect" in err
+    assert (
+        code == 2
+        and "00001-a-square-1 can't be drawn: negative_prompt = 'a circle' has no effect" in err
+    )
     assert not [*(tmp_path / "o").glob("*.png")]
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CONTEXT, WIDTH, stage, tiny_clip
+from conftest import CONTEXT, WIDTH, stage, tiny_clip, tiny_decoder
 from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
@@ -25,9 +26,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from unclip.assemble import assemble
 from unclip.cli import main
 from unclip.config import parse_config
+from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.folder import read_index
-from unclip.interop.convert import convert
+from unclip.interop.convert import _forgotten, convert
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.layers import ScaleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
@@ -494,3 +496,13 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"no model at nobody/nothing: .*no connection"):
         UnCLIP.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "more", [{"interval": (0.25, 1.0)}, {"time_shift": 0.05}, {"sampler": "ddim", "eta": 1.0}]
+)
+def test_every_setting_that_karlos_layout_has_no_place_for_is_named(more):
+    sampling = SamplingConfig(**{"sampler": "ddpm", "steps": 25, "guidance": 8.0, **more})
+    decoder = replace(tiny_decoder(tiny_clip()), sampling=sampling)
+    (note,) = _forgotten(decoder)
+    assert all(key in note for key in more)

@@ -200,3 +200,20 @@ def test_a_karlo_takes_changes_as_it_is_and_converted(tmp_path: Path) -> None:
         assert any(not torch.equal(old[key], x) for key, x in new.items())
         for key, x in new.items():
             assert_close(x, ours[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("other", ["diffusion.schedule=linear", "diffusion.steps=100"])
+def test_a_change_is_not_trained_on_another_process_than_its_base_is_drawn_with(
+    model_folder: Path, tmp_path: Path, other: str
+) -> None:
+    run = tiny(
+        "prior",
+        model_folder,
+        "lora=2",
+        f"train.init={model_folder}",
+        other,
+        f"train.out={tmp_path}",
+    )
+    key = other.partition("=")[0].partition(".")[2]
+    with pytest.raises(CheckpointError, match=rf"train\.init: .*{key} = \w+, here"):
+        train_prior(run, Accelerator(cpu=True))

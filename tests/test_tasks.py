@@ -465,6 +465,13 @@ def test_embeddings_of_a_cache_go_where_the_encoder_is():
     assert embeddings_of(there, batch).device.type == "meta"
 
 
+def test_a_prior_without_places_for_its_encoders_texts_is_refused(model_folder):
+    run = tiny("prior", model_folder, "model.context=8")
+    clip = FrozenCLIP.load(run.clip)
+    with pytest.raises(ConfigError, match=rf"model\.context = 8, .* up to {clip.context} tokens"):
+        PriorTask(run, clip)
+
+
 def batch_of(batch, rows):
     """Those rows of it."""
     parts = {field.name: getattr(batch, field.name) for field in fields(batch)}

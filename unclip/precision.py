@@ -39,6 +39,11 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Of the types that a device adds numbers in; Apple's have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def allow_tf32(device: torch.device) -> None:
     """Have a GPU multiply float32 matrices by its tensor cores, as torch lets it convolve: ten of
     the mantissa's bits, eight times as fast. A CPU keeps its bits.

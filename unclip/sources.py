@@ -12,6 +12,7 @@ import torch
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.open import from_folder
+from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import CheckpointError, ConfigError
 from unclip.files.checkpoints import MANIFEST, read_manifest
 from unclip.files.diffusers import NO_VARIANTS, PIPELINE, Folder
@@ -88,7 +89,11 @@ class Source:
         """
         for lora in loras:
             stored = self.stage(lora.stage)
-            self.stages[lora.stage] = replace(stored, tensors=Merged(stored.tensors, lora))
+            stage = stored.stage
+            if stage.diffusion is not None:  # what was measured is the base's (Analytic-DPM)
+                stage = replace(stage, diffusion=GaussianDiffusion(stage.diffusion.config))
+            merged = Merged(stored.tensors, lora)
+            self.stages[lora.stage] = replace(stored, stage=stage, tensors=merged)
             self.weights[lora.stage].append(lora.file)
         return self
 

@@ -249,7 +249,7 @@ def draw(
                 warnings.simplefilter("ignore")  # they come when it is drawn
                 pipe.iterate(picture.prompt, options=replace(options, negative_prompt=negative))
         except ConfigError as error:
-            raise ConfigError(f"{picture.key}: {error}") from None
+            raise ConfigError(f"{picture.key} can't be drawn: {error}") from None
     for negative, group in groupby(todo, lambda picture: picture.negative):
         some = list(group)
         images: Iterator[Image.Image] = pipe.iterate(

@@ -47,7 +47,7 @@ def measure_power(
             t = torch.full((len(x0),), timestep, device=x0.device)
             x_t = diffusion.q_sample(x0, t, noise)
             eps = diffusion.eps_from_x0(guess(x_t, timestep)[0], x_t, t)
-            sums[k] += eps.double().square().flatten(1).mean(1).sum().cpu()
+            sums[k] += eps.cpu().double().square().flatten(1).mean(1).sum()
         count += len(x0)
     return (sums / count).clamp(max=1).tolist()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unclip.clip.encoder import FrozenCLIP
 from unclip.clip.open import from_folder
+from unclip.diffusion.sampling import SamplingConfig
 from unclip.errors import ConfigError
 from unclip.files import diffusers as layout
 from unclip.files.diffusers import PIPELINE
@@ -172,10 +173,13 @@ def _steps(stage: Stage) -> dict[str, Any]:
 
 def _forgotten(stage: Stage) -> Iterator[str]:
     """What a stage's sampling says that Karlo's layout has no file for."""
-    ours, karlo = stage.sampling.model_dump(), SAMPLING[stage.kind]
-    said = ", ".join(f"{key} {ours[key]}" for key in karlo if ours[key] != karlo[key])
+    ours, karlo = stage.sampling.model_dump(), SamplingConfig(**SAMPLING[stage.kind]).model_dump()
+    lost = [key for key in ours if key != "clip" and ours[key] != karlo[key]]
+    said = ", ".join(f"{key} {ours[key]}" for key in lost)
     if said:
         yield f"{stage.name} is to be sampled with {said}: Karlo's layout does not hold that"
+    if stage.diffusion.power:
+        yield f"{stage.name} has statistics for the sampler 'analytic': Karlo's layout has not"
 
 
 def _write_part(

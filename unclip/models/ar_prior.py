@@ -75,7 +75,7 @@ class Quantizer(Statistics):
         **Shapes**: z_image, z_text (n, D) raw. **Raises**: `DataError` with too few pairs for k
         components, or a component that never varies.
         """
-        z = F.normalize(z_image.double(), dim=-1)
+        z, z_text = (F.normalize(z.cpu().double(), dim=-1) for z in (z_image, z_text))
         k = len(self.low)
         mean = z.mean(0)
         _, spread, axes = torch.linalg.svd(z - mean, full_matrices=False)
@@ -92,8 +92,7 @@ class Quantizer(Statistics):
         self.low.copy_(values.amin(0))
         self.high.copy_(values.amax(0))
         shares = torch.linspace(0, 1, len(self.dot_edges) + 2, dtype=torch.float64)[1:-1]
-        dots = (z * F.normalize(z_text.double(), dim=-1)).sum(1)
-        self.dot_edges.copy_(torch.quantile(dots.cpu(), shares))
+        self.dot_edges.copy_(torch.quantile((z * z_text).sum(1), shares))
 
     def project(self, z_image: Tensor) -> Tensor:
         """The k components. **Shapes**: (B, D) raw → (B, k) float32."""

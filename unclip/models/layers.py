@@ -232,7 +232,8 @@ class EmbeddingScale(Statistics):
 
         **Shapes**: z (n, D) raw. **Raises**: `DataError` where a dimension never varies.
         """
-        z = F.normalize(z.double(), dim=-1) if self.config.normalize else z.double()
+        z = z.cpu().double()  # which Apple's GPUs lack
+        z = F.normalize(z, dim=-1) if self.config.normalize else z
         std, mean = torch.std_mean(z, dim=0, correction=0)
         if not bool((std > 0).all()):
             dead = int((~(std > 0)).sum())

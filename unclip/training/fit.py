@@ -263,7 +263,9 @@ class _Trainer:
     def train(self, batches: Callable[[int], Iterator[Batch]], stopped: threading.Event) -> None:
         """Steps up to `config.steps`, or to the first one after `stopped` is set."""
         config, state = self.config, self.state
-        if state.step == 0 and (first := self._preview()) is not None:
+        with self.log.untimed():
+            first = self._preview() if state.step == 0 else None
+        if first is not None:
             self.log.say(f"{first} shows where it begins, those beside it how far it is")
         stream = batches(state.step)
         statistics = running_statistics(self.task.model)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unclip.precision import widest
 from unclip.progress import progress_bar
 from unclip.training.run import on_main
 from unclip.training.trackers import Tracker, TrackerName
@@ -71,7 +72,7 @@ class RunLog:
         self._skipped += skipped
         if not skipped:
             for name, value in entries.items():
-                self._sums[name] = self._sums.get(name, 0) + value.double()
+                self._sums[name] = self._sums.get(name, 0) + value.to(widest(value.device))
         if self._bar is not None:
             self._bar.update()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,16 +38,20 @@ FREE = {
     "time_power",
     "inpaint",
 }
+# What may not where they are changed by low rank: the change is drawn with the base's.
+OF_A_BASE = FREE - {"resolution", "steps", "schedule"}
 FIRST = "unet.conv_in.weight"
 
 
 class Widths(Protocol):
-    """An encoder's, of its embeddings and of its text states."""
+    """An encoder's, of its embeddings and of its text states, and how many of these there are."""
 
     @property
     def width(self) -> int: ...
     @property
     def text_width(self) -> int: ...
+    @property
+    def context(self) -> int: ...
 
 
 def check_lora(run: Any) -> None:
@@ -66,7 +71,8 @@ def check_sampling(run: Any) -> None:
 
 
 def check_widths(clip: Widths, run: Any) -> None:
-    """**Raises**: `ConfigError` for a model whose widths are not its encoder's."""
+    """**Raises**: `ConfigError` for a model whose widths are not its encoder's, or that has too few
+    places for its texts."""
     for key, width in (("embed", clip.width), ("text_width", clip.text_width)):
         value = getattr(run.model, key)
         if value is not None and value != width:
@@ -74,6 +80,12 @@ def check_widths(clip: Widths, run: Any) -> None:
                 f"model.{key} = {value}, but the CLIP encoder {run.clip} has {width}: set them "
                 "equal"
             )
+    places = getattr(run.model, "context", None)
+    if places is not None and places < clip.context:
+        raise ConfigError(
+            f"model.context = {places}, but texts of the CLIP encoder {run.clip} have up to "
+            f"{clip.context} tokens: set it to that"
+        )
 
 
 def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
@@ -87,7 +99,7 @@ def load_weights(model: nn.Module, name: str, path: str | Path) -> None:
     load_tensors(model, TensorFile(weights), str(weights))
 
 
-def start_from(stage: Stage, path: str | Path) -> None:
+def start_from(stage: Stage, path: str | Path, free: Set[str] = FREE) -> None:
     """Take over the weights of the same stage in a folder, a run or a hub id, or of its only kin.
 
     Kin are stages of one kind: an upsampler may start from the only upsampler there is. Folders in
@@ -97,7 +109,7 @@ def start_from(stage: Stage, path: str | Path) -> None:
     **Raises**: `CheckpointError` if there is no such stage, its shapes or settings differ, or it
     was trained with another encoder.
     """
-    stored = kin_of(stage, path)
+    stored = kin_of(stage, path, free)
     tensors = stored.tensors
     if getattr(stage.config, "detail", None) is not None and stored.stage.config.detail is None:
         own = stage.network.state_dict().items()
@@ -115,7 +127,7 @@ def adapted(stage: Stage, rank: int, train: Any) -> nn.Module:
 
     **Raises**: as `start_from`, and `CheckpointError` if the run began with another base.
     """
-    start_from(stage, train.init)
+    start_from(stage, train.init, OF_A_BASE)
     begun = newest_checkpoint(Path(train.out), training=True)
     for change in lora.read_loras([begun] if begun else []):
         for layer in change.layers:
@@ -123,12 +135,13 @@ def adapted(stage: Stage, rank: int, train: Any) -> nn.Module:
     return adapt(stage.network, rank)
 
 
-def kin_of(stage: Stage, path: str | Path) -> StoredStage:
-    """What `start_from` reads. **Raises**: as that does, but for shapes."""
+def kin_of(stage: Stage, path: str | Path, free: Set[str] = FREE) -> StoredStage:
+    """What `start_from` reads; settings that are `free` may differ. **Raises**: as that does, but
+    for shapes."""
     source = Source(path)
     kin = [stored for stored in source.stages.values() if stored.stage.kind == stage.kind]
     stored = kin[0] if len(kin) == 1 else source.stage(stage.name)
-    _check_settings(stage.describe(), stored.stage.describe(), stored.where)
+    _check_settings(stage.describe(), stored.stage.describe(), stored.where, free)
     trained = stored.stage.encoder
     if source.published is not None and stage.encoder is not None:
         # Published weights don't say; the parts beside them do.
@@ -139,14 +152,16 @@ def kin_of(stage: Stage, path: str | Path) -> StoredStage:
     return stored
 
 
-def _check_settings(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+def _check_settings(
+    ours: dict[str, Any], theirs: dict[str, Any], where: str, free: Set[str]
+) -> None:
     """Check what shapes don't show: heads, groups, scales, what is predicted."""
     pairs = [(flat(ours[part]), flat(theirs[part])) for part in ("model", "diffusion")]
     differ = [
         f"{key} = {value}, here {a.get(key)}"
         for a, b in pairs
         for key, value in b.items()
-        if a.get(key) != value and key.split(".")[-1] not in FREE
+        if a.get(key) != value and key.split(".")[-1] not in free
     ]
     if differ:
         raise CheckpointError(f"train.init: {where} has {'; '.join(differ)}; set them equal")

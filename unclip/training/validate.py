@@ -21,7 +21,7 @@ from unclip.images import grid, resize, to_pil
 from unclip.stages.kinds import KINDS, build
 from unclip.training.launch import start_accelerator
 from unclip.training.plan import GB, Plan, plan
-from unclip.training.start import Widths, check_widths, kin_of
+from unclip.training.start import FREE, OF_A_BASE, Widths, check_widths, kin_of
 from unclip.training.task import stage_of
 from unclip.training.trainers import TRAINERS, trained_by
 
@@ -33,6 +33,7 @@ class Planned(NamedTuple):
 
     width: int
     text_width: int
+    context: int
 
 
 class Run(NamedTuple):
@@ -113,7 +114,8 @@ def _planned(place: str | None, runs: Sequence[Run]) -> Widths | None:
         return None
     if first.name == "clip_text":  # its widths are those of the one that it starts from
         return _planned(first.config.clip, runs) or FrozenCLIP.load(first.config.clip)
-    return Planned(first.config.model.embed_dim, first.config.model.text_cfg.width)
+    model = first.config.model
+    return Planned(model.embed_dim, model.text_cfg.width, model.text_cfg.context_length)
 
 
 def _checks(run: Run, runs: Sequence[Run], accelerator: Accelerator, out: Path) -> Iterator[str]:
@@ -138,7 +140,8 @@ def _checks(run: Run, runs: Sequence[Run], accelerator: Accelerator, out: Path) 
         yield f"train.init: {config.train.init} is what another of these trains."
     elif config.train.init is not None and run.name in KINDS:
         encoder_of = None if clip is None else clip.fingerprint
-        kin_of(stage_of(config, build(config.model), encoder_of), config.train.init)
+        free = FREE if getattr(config, "lora", None) is None else OF_A_BASE
+        kin_of(stage_of(config, build(config.model), encoder_of), config.train.init, free)
         yield f"train.init: the weights in {config.train.init} can be started from."
 
 
