@@ -179,12 +179,12 @@ class Studio:
         }
         title = " ".join([*(file.stem for file in files), caption or verb.name])
         watched = replace(options, progress=watch.progress, preview=watch.preview)
-        writer = Writer(self.out, 1)
+        writer, settings = Writer(self.out, 1), settings_of(pipe, options, about)
         for k, picture in enumerate(verb.draw(pipe, first, watched, **given)):
             own = first if verb.one_seed else first + k
             said = {"prompt": caption, "seed": own, "model": model.hash}
             told = _plain(given) | dict(verb.own(given, k))
-            said["settings"] = settings_of(pipe, options, about, told)
+            said["settings"] = settings | ({"given": told} if told else {})
             yield Made(writer.save(picture, title, said), own)
 
 

@@ -85,7 +85,7 @@ class Making:
     @property
     def settings(self) -> dict[str, Any]:
         """See `settings_of`."""
-        return settings_of(self.pipe, self.options, self.about, self.given)
+        return settings_of(self.pipe, self.options, self.about)
 
     def save(
         self,
@@ -102,12 +102,13 @@ class Making:
 
         Prompts that differ are the sheet's captions; `own` is what each picture was given besides.
         """
+        settings = self.settings
         for k, picture in enumerate(pictures):
             given = {**self.given, **(own[k] if own else {})}
             about = {
                 "prompt": prompts[k] if prompts else "",
                 "seed": self.seed if one_seed else self.seed + k,
-                "settings": settings_of(self.pipe, self.options, self.about, given),
+                "settings": settings | ({"given": given} if given else {}),
                 "model": self.hash,
             }
             self.writer.save(picture, names[k], about)
@@ -115,18 +116,14 @@ class Making:
         self.writer.sheet(title or names[0], columns or square(len(names)), captions)
 
 
-def settings_of(
-    pipe: UnCLIP, options: Options, about: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What reproduces pictures, besides their prompts, seeds and the model.
-
-    `pipe` and `options` are those that draw, `given` the verb's own arguments.
-    """
+def settings_of(pipe: UnCLIP, options: Options, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What reproduces pictures, besides their prompts, seeds and the model, and what their verb was
+    `given`. `pipe` and `options` are those that draw."""
     asked = options.described()
     asked["prior_candidates"] = asked["prior_candidates"] or pipe.prior_candidates
     sampling = options.resolve(pipe.stages)
     used = {name: config.model_dump() for name, config in sampling.items()}
-    said = {**about, "given": dict(given) or None, **asked, "sampling": used}
+    said = {**about, **asked, "sampling": used}
     return {name: value for name, value in said.items() if value is not None}
 
 
